@@ -1,0 +1,32 @@
+"""What bpf raises when it cannot go on; `cli.py` is the only place that turns these into text."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BpfError(Exception):
+    """The root of every error that bpf raises on purpose.
+
+    The message says what is wrong and what would be right, for a person, without a traceback.
+    """
+
+    exit_code = 1
+
+
+class UsageError(BpfError):
+    """The user can mend it: a spec, an option, a name, a file or a directory."""
+
+    exit_code = 2
+
+
+class RunError(BpfError):
+    """Something failed while running: a full disk, a damaged checkpoint, a rule that raised."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'tanh'?"` for a close match, otherwise the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known)}." if known else ""
