@@ -1,0 +1,155 @@
+"""The seam for learning rules.
+
+A rule fills `network.gradients` for one batch. Write a `ProjectionRule` (one method) when the rule is a loss on
+the layer's output projected into target space; write an `Algorithm` when it is anything else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from bpf.losses import Loss
+from bpf.network import Layer, Network, Trace
+from bpf.spec import Frozen
+
+
+class Options(Frozen):
+    """A rule's own options; subclass it inside the rule. Fields become parameters of the grid."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a rule may know of the task.
+
+    `squash` names the function whose range is the targets' (`sigmoid` for one-hot labels and pixels in [0, 1],
+    `tanh` for pixels in [-1, 1], `identity` for raw pixels).
+    """
+
+    problem_type: str
+    squash: str
+
+
+@dataclass
+class Step:
+    """One batch of every run: `inputs` [runs, batch, inputs] and `target` [runs, batch, targets].
+
+    `learned` is called with a layer as soon as its gradient stands, by rules that declare `layerwise`.
+    After the step `logits` [runs, batch, targets] and `loss_per_example` [runs, batch] hold the output's.
+    """
+
+    network: Network
+    inputs: Tensor
+    target: Tensor
+    loss: Loss
+    draw_mask: Callable[[Layer], Tensor | None] = lambda layer: None
+    learned: Callable[[Layer], None] = lambda layer: None
+    logits: Tensor = field(init=False)
+    loss_per_example: Tensor = field(init=False)
+    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def forward(self, layer: Layer, inputs: Tensor) -> Trace:
+        """A training forward pass through one layer; a second one in the same step uses the same dropout mask."""
+        if layer.index not in self._masks:
+            self._masks[layer.index] = None if layer.is_output else self.draw_mask(layer)
+        return layer.forward(inputs, self._masks[layer.index])
+
+    def masked(self, layer: Layer, error: Tensor) -> Tensor:
+        """An error of what `layer` passed on, taken back through its dropout: an error of its h."""
+        mask = self._masks.get(layer.index)
+        return error if mask is None else error.mul_(mask)
+
+    def output_error(self, trace: Trace) -> Tensor:
+        """e = ∂L_out/∂a_out of the batch mean, [runs, batch, targets], from the output layer's trace."""
+        self.logits = trace.output
+        self.loss_per_example, error = self.loss(trace.output, self.target)
+        return error
+
+    def train_output(self, inputs: Tensor) -> Tensor:
+        """Write the output layer's own true gradient and return e."""
+        trace = self.forward(self.network.output, inputs)
+        error = self.output_error(trace)
+        return self.network.output.backward(trace, error)
+
+
+class Algorithm:
+    """A learning rule. Subclass it, describe it in the docstring's first line, and implement `gradients`."""
+
+    equation: ClassVar[str] = ""
+    """What the rule computes, in one line."""
+    reference: ClassVar[str] = ""
+    """Author, year and title of the source."""
+    problem_types: ClassVar[frozenset[str]] = frozenset({"classification", "reconstruction"})
+    needs_bounded_activation: ClassVar[bool] = False
+    """Whether the rule is known to diverge with an activation that is not bounded."""
+    has_feedback: ClassVar[bool] = True
+    """Whether hidden layers get a fixed random feedback matrix F [units, targets]."""
+    unused_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of the grid that mean nothing to the rule."""
+    layerwise: ClassVar[bool] = False
+    """Whether each hidden layer's gradient stands during the forward pass, so that its update can be applied
+    before the next layer runs; such a rule calls `step.learned(layer)`."""
+
+    class Options(Options):
+        """None."""
+
+    def __init__(self, options: Options, problem: Problem) -> None:
+        self.options = options
+        self.problem = problem
+
+    def prepare(self, network: Network, runs: Sequence[tuple[int, str]]) -> None:
+        """Add the rule's own fixed tensors [runs, ...] to `network.buffers`, from each run's (seed, bw_init)."""
+
+    def gradients(self, step: Step) -> None:
+        """Write every gradient of `step.network` for this batch, as gradients of the batch mean.
+
+        Must set `step.logits` and `step.loss_per_example`, which `step.train_output` does.
+        """
+        raise NotImplementedError
+
+
+class ProjectionRule(Algorithm):
+    """A rule whose hidden error is `δh = t F^T`, injected after the activation and before dropout.
+
+    t, the teaching signal, is the gradient of a loss on the projection `p = h F`. From δh the chain rule runs
+    inside the layer's own block only: activation, batch norm, linear map.
+    """
+
+    needs_output_error: ClassVar[bool] = False
+    """Whether the signal depends on e; if not, a layer's activations are dropped as soon as it has learned."""
+    needs_projection: ClassVar[bool] = True
+    """Whether the signal depends on p; if not, p is not computed."""
+
+    def teaching_signal(
+        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
+    ) -> Tensor:
+        """t = ∂L/∂p, [runs, batch, targets], for the batch mean.
+
+        `projected` p, `target` y and `output_error` e are [runs, batch, targets]; p and e are None when the
+        rule does not declare that it needs them.
+        """
+        raise NotImplementedError
+
+    def gradients(self, step: Step) -> None:
+        waiting: list[Trace] = []
+        h = step.inputs
+        for layer in step.network.hidden:
+            trace = step.forward(layer, h)
+            h = trace.passed_on
+            if self.needs_output_error:
+                waiting.append(trace)
+            else:
+                self._learn(step, trace, None)
+                del trace
+        error = step.train_output(h)
+        for trace in waiting:
+            self._learn(step, trace, error)
+
+    def _learn(self, step: Step, trace: Trace, output_error: Tensor | None) -> None:
+        layer = trace.layer
+        projected = layer.project(trace.output) if self.needs_projection else None
+        signal = self.teaching_signal(projected, step.target, output_error)
+        layer.backward(trace, layer.feed_back(signal))
+        if self.layerwise:
+            step.learned(layer)

@@ -1,0 +1,67 @@
+"""Initial forward weights and feedback matrices by their published names.
+
+An initialiser draws one run's matrix: `(rows, columns, generator, dtype) -> [rows, columns]`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Draw = Callable[[int, int, torch.Generator, torch.dtype], Tensor]
+
+
+def uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """U(-bound, bound)."""
+    return torch.rand(shape, generator=generator, dtype=dtype).mul_(2 * bound).sub_(bound)
+
+
+def orthogonal(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """A (semi-)orthogonal matrix with gain 1 (Saxe et al. 2014)."""
+    return torch.nn.init.orthogonal_(torch.empty(rows, columns, dtype=dtype), generator=generator)
+
+
+def _lecun(units: int, targets: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(units, targets, generator=generator, dtype=dtype) / math.sqrt(units)
+
+
+def _frenkel(units: int, targets: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return uniform(math.sqrt(6 / units), (units, targets), generator, dtype)
+
+
+def _nokland(units: int, targets: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return uniform(1 / math.sqrt(units), (units, targets), generator, dtype)
+
+
+def _principled(units: int, targets: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(units, targets, generator=generator, dtype=dtype) / math.sqrt(units * targets)
+
+
+FEEDBACK: dict[str, Draw] = {
+    "ortho": orthogonal,
+    "lecun": _lecun,
+    "frenkel": _frenkel,
+    "nokland": _nokland,
+    "principled": _principled,
+}
+"""Feedback matrices F [units, targets]: ortho (gain 1); lecun N(0, 1/units); frenkel U(±√(6/units)) (Frenkel
+et al. 2021, their code); nokland U(±1/√units) (Nøkland 2016, his code); principled N(0, 1)/√(units · targets)."""
+
+
+def forward_weight(
+    name: str, fan_out: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """One run's weight [fan_out, fan_in]: orthogonal (gain 1), torch (U(±1/√fan_in)) or zeros."""
+    if name == "orthogonal":
+        return orthogonal(fan_out, fan_in, generator, dtype)
+    if name == "torch":
+        return uniform(1 / math.sqrt(fan_in), (fan_out, fan_in), generator, dtype)
+    return torch.zeros(fan_out, fan_in, dtype=dtype)
+
+
+def forward_bias(name: str, units: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """One run's bias [1, units]: U(±1/√fan_in) with torch's initialisation, zero with the others."""
+    if name == "torch":
+        return uniform(1 / math.sqrt(fan_in), (1, units), generator, dtype)
+    return torch.zeros(1, units, dtype=dtype)

@@ -1,0 +1,375 @@
+"""Run specs and grid specs: every setting, its default, its range, and the rules that hold between them.
+
+A `RunSpec` determines one training run. A `GridSpec` has the same fields, and the tunable ones may be lists.
+Both are frozen pydantic models; the command line, the spec files and the JSON schema are made from them.
+"""
+
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from bpf.errors import UsageError, did_you_mean
+
+ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
+FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
+ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
+OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
+SkewType = Literal["none", "long_tailed", "step"]
+ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]
+LossName = Literal["ce", "bce", "mse"]
+ScalerName = Literal["standard", "zero_one", "identity"]
+
+BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
+DEFAULT_IMBALANCE_FACTOR = 10.0
+MAX_UNITS, MAX_LAYERS = 65_536, 100
+
+
+def _check_arch(value: Any) -> str:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise ValueError("give the hidden layers' units joined by hyphens, such as 500-500-1000-500")
+    widths = [int(part) for part in text.split("-")]
+    if min(widths) < 1 or max(widths) > MAX_UNITS or len(widths) > MAX_LAYERS:
+        raise ValueError(f"a layer has 1 to {MAX_UNITS} units, and there are at most {MAX_LAYERS} layers")
+    return "-".join(map(str, widths))
+
+
+def _check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError("give auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _one_or_many(value: Any) -> Any:
+    """`"1e-3,1e-2"`, `["1e-3", "1e-2"]`, `0.1` and `[0.1]` all become a flat list."""
+    flat: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        flat += [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
+    if not flat or "" in flat:
+        raise ValueError("the list is empty or has an empty entry")
+    return flat
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _all_skews(value: Any) -> Any:
+    values = _one_or_many(value)
+    return list(typing.get_args(SkewType)) if values == ["all"] else values
+
+
+Arch = Annotated[str, BeforeValidator(_check_arch)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+WeightDecay = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+ImbalanceFactor = Annotated[float, Field(ge=1, le=10_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Settings(Frozen):
+    """What a run and a grid state in the same way."""
+
+    dataset: str = Field(
+        description="Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
+        "npz:PATH, or a plugin's (see `bpf datasets`)."
+    )
+    problem_type: Literal["classification", "reconstruction"] = Field(
+        "classification", description="Predict the label, or reconstruct the image (an autoencoder)."
+    )
+    objective: ObjectiveName = Field(
+        "loss",
+        description="What is minimised; val_* are measured on the held-out split of the training set. "
+        "The test set never selects.",
+    )
+    epochs: int = Field(300, ge=1, le=1_000_000, description="Passes over the training part.")
+    examples_frac: float = Field(
+        0.5, ge=0, le=1, description="Stratified fraction of the training set that is used; 0 and 1 mean all."
+    )
+    val_frac: float = Field(
+        0.1, ge=0, lt=1, description="Stratified fraction of the used training set that is held out."
+    )
+    output_loss: Literal["auto", LossName] = Field(
+        "auto", description="Loss of the output layer; auto is ce for classification, mse for reconstruction."
+    )
+    scaler: ScalerName = Field("standard", description="Pixel values: [-1, 1], [0, 1], or 0..255 as they are.")
+    use_bias: bool = Field(True, description="Whether layers have biases.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
+    early_stopping: int = Field(
+        0, ge=0, description="Stop a run after this many epochs without a better objective; 0 is off."
+    )
+    brightness: float = Field(
+        0.0, ge=0, le=1, description="Augmentation: brightness varies by this fraction; 0 is off."
+    )
+    rotation: float = Field(
+        0.0, ge=0, le=180, description="Augmentation: rotation by up to this many degrees; 0 is off."
+    )
+    zoom: float = Field(0.0, ge=0, lt=1, description="Augmentation: zoom by up to this fraction; 0 is off.")
+    translation: float = Field(
+        0.0, ge=0, le=1, description="Augmentation: shift by up to this fraction of the side; 0 is off."
+    )
+    image_size: int | None = Field(
+        None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of weights, feedback, order, dropout and augmentation."
+    )
+    data_seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of the subset, the validation split and the skew."
+    )
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
+        "auto",
+        description="auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
+    )
+    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: _one_or_many(v) if v else ())] = Field(
+        (), description="Measurements taken once an epoch: bp_cosine, weight_alignment, gradients, or a plugin's."
+    )
+    allow_unstable: bool = Field(
+        False, description="Allow combinations known to diverge, such as drtp with relu."
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="A rule's own options as RULE.NAME=VALUE (see `bpf algorithms RULE`).",
+    )
+
+    @property
+    def resolved_loss(self) -> LossName:
+        if self.output_loss != "auto":
+            return self.output_loss
+        return "ce" if self.problem_type == "classification" else "mse"
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.problem_type == "reconstruction":
+            if self.objective.endswith("error"):
+                cure = self.objective.replace("error", "loss")
+                raise ValueError(
+                    f"objective {self.objective} with problem_type reconstruction: only classification has an "
+                    f"error rate. Use objective {cure}."
+                )
+            if self.output_loss == "ce":
+                raise ValueError(
+                    "output_loss ce with problem_type reconstruction: pixels are not classes. "
+                    "Use output_loss mse (or bce with scaler zero_one)."
+                )
+            if self.output_loss == "bce" and self.scaler != "zero_one":
+                raise ValueError(
+                    f"output_loss bce with scaler {self.scaler}: bce needs targets in [0, 1]. "
+                    "Use scaler zero_one, or output_loss mse."
+                )
+        if self.objective.startswith("val_") and self.val_frac == 0:
+            raise ValueError(
+                f"objective {self.objective} with val_frac 0: there is no validation split to measure. "
+                "Give val_frac, such as 0.1."
+            )
+        return self
+
+
+class RunSpec(Settings):
+    """Everything that determines one training run."""
+
+    algorithm: str = Field(
+        description="Learning rule: bp, dfa, drtp, ll-cce, ll-mse, or a plugin's (see `bpf algorithms`)."
+    )
+    arch: Arch = Field("500", description="Units of the hidden layers, such as 500-500-1000-500.")
+    activation: ActivationName = Field("tanh", description="Activation of the hidden layers.")
+    batch_norm: bool = Field(False, description="Batch normalisation between linear map and activation.")
+    bw_init: FeedbackInit = Field("ortho", description="Initialisation of the feedback matrices.")
+    init: ForwardInit = Field("orthogonal", description="Initialisation of the forward weights.")
+    optimizer: OptimizerName = Field("adam", description="Optimizer (sgd and nag take --momentum).")
+    lr: LearningRate = Field(0.001, description="Learning rate.")
+    weight_decay: WeightDecay = Field(0.0, description="Weight decay (decoupled with adamw).")
+    batch_size: BatchSize = Field(64, description="Examples in a batch.")
+    dropout: Dropout = Field(0.0, description="Dropout rate after each hidden layer; val_* objectives only.")
+    skew_type: SkewType = Field("none", description="Class imbalance made in the training part.")
+    imbalance_factor: ImbalanceFactor | None = Field(
+        None, description="Most frequent over least frequent class; 10 where a skew is asked for."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_factor(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("skew_type", "none") in ("long_tailed", "step"):
+            return {**values, "imbalance_factor": values.get("imbalance_factor") or DEFAULT_IMBALANCE_FACTOR}
+        return values
+
+    @model_validator(mode="after")
+    def _run_agrees(self) -> Self:
+        _check_dropout(self.objective, [self.dropout])
+        _check_factor([self.skew_type], self.imbalance_factor is not None)
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units of the hidden layers."""
+        return tuple(int(units) for units in self.arch.split("-"))
+
+    def rule_options(self) -> dict[str, Any]:
+        """The options given for this run's rule."""
+        return self.options.get(self.algorithm, {})
+
+    def identity(self, unused: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """What determines the numbers, with defaults resolved: equal identities give equal results.
+
+        Where a run happens and what is measured on the way are left out, and so are the parameters that mean
+        nothing to the rule (`unused`).
+        """
+        fields = self.model_dump(exclude={"device", "trackers", "allow_unstable", *unused})
+        fields |= {"output_loss": self.resolved_loss, "examples_frac": self.examples_frac or 1.0}
+        fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
+        if self.optimizer not in ("sgd", "nag"):
+            del fields["momentum"]
+        return fields
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of SHA-256 over canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _many(item: Any) -> Any:
+    return Annotated[tuple[item, ...], BeforeValidator(_one_or_many), AfterValidator(_distinct), Field(min_length=1)]
+
+
+class GridSpec(Settings):
+    """A run spec whose tunable fields may be lists: the grid is their Cartesian product, per rule."""
+
+    algorithm: _many(str)  # type: ignore[valid-type]
+    arch: _many(Arch) = (  # type: ignore[valid-type]
+        "500",
+        "500-500-500-500-500",
+        "500-1000-500",
+        "1000",
+        "1000-1000",
+        "1000-500-1000",
+    )
+    activation: _many(ActivationName) = ("tanh", "relu", "swish", "lrelu")  # type: ignore[valid-type]
+    batch_norm: _many(bool) = (False, True)  # type: ignore[valid-type]
+    bw_init: _many(FeedbackInit) = ("ortho", "lecun")  # type: ignore[valid-type]
+    init: _many(ForwardInit) = ("orthogonal",)  # type: ignore[valid-type]
+    optimizer: _many(OptimizerName) = ("adam",)  # type: ignore[valid-type]
+    lr: _many(LearningRate) = (0.0001, 0.001, 0.01, 0.1)  # type: ignore[valid-type]
+    weight_decay: _many(WeightDecay) = (0.0,)  # type: ignore[valid-type]
+    batch_size: _many(BatchSize) = (64,)  # type: ignore[valid-type]
+    dropout: _many(Dropout) = (0.0,)  # type: ignore[valid-type]
+    skew_type: Annotated[  # type: ignore[valid-type]
+        tuple[SkewType, ...], BeforeValidator(_all_skews), AfterValidator(_distinct), Field(min_length=1)
+    ] = ("none",)
+    imbalance_factor: _many(ImbalanceFactor) = (DEFAULT_IMBALANCE_FACTOR,)  # type: ignore[valid-type]
+    executions_per_trial: int = Field(
+        3, ge=1, le=1000, description="Differently seeded runs of each cell (seed, seed + 1, ...)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dropout(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("objective", "")).startswith("val_"):
+            return {"dropout": (0.1, 0.2, 0.3, 0.4, 0.5), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _grid_agrees(self) -> Self:
+        _check_dropout(self.objective, self.dropout)
+        _check_factor(self.skew_type, "imbalance_factor" in self.model_fields_set)
+        if self.objective.startswith("val_") and "lr" not in self.model_fields_set:
+            raise ValueError(
+                f"objective {self.objective} without lr: val_* objectives tune regularisation and take the learning "
+                "rate from an earlier phase. First run the same grid with objective loss, read the best learning "
+                "rate with `bpf best`, and give it with --lr."
+            )
+        return self
+
+
+TUNABLE = tuple(name for name in GridSpec.model_fields if name in set(RunSpec.model_fields) - set(Settings.model_fields))
+
+
+def _check_dropout(objective: str, rates: typing.Sequence[float]) -> None:
+    if any(rates) and not objective.startswith("val_"):
+        raise ValueError(
+            f"dropout with objective {objective}: dropout regularises, and a training objective cannot see that, so "
+            "it would have no effect but to make the objective worse. Use objective val_loss or val_error, or leave "
+            "dropout out."
+        )
+
+
+def _check_factor(skews: typing.Sequence[str], given: bool) -> None:
+    if given and all(skew == "none" for skew in skews):
+        raise ValueError(
+            "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
+            "Give skew_type long_tailed, step or all, or leave imbalance_factor out."
+        )
+
+
+SpecType = TypeVar("SpecType", bound=Settings)
+
+
+def build(model: type[SpecType], values: Mapping[str, Any], naming: str = "field") -> SpecType:
+    """Validate `values` into a spec.
+
+    `naming` is how messages call a field: `field` (`batch_size`) or `option` (`--batch-size`).
+    Raises UsageError with one line a problem.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError("\n".join(dict.fromkeys(_explain(model, e, naming) for e in error.errors()))) from None
+
+
+def _explain(model: type[Settings], error: Any, naming: str) -> str:
+    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "literal["))]
+    if not location:
+        return str(error["ctx"]["error"])
+    field = location[0]
+    name = f"--{field.replace('_', '-')}" if naming == "option" else field
+    if error["type"] == "extra_forbidden":
+        return f"Unknown field {field!r}.{did_you_mean(field, model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{name} is missing: {model.model_fields[field].description or 'give the learning rule.'}"
+    given = error["input"]
+    if error["type"] == "literal_error":
+        return f"{name}: {given!r} is not one of the choices.{did_you_mean(str(given), choices(field))}"
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
+    return f"{name}: {given!r} is not accepted: {message}{'' if message.endswith('.') else '.'}"
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """The allowed words of a field, or nothing."""
+    return _literals(RunSpec.model_fields[field].annotation)
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    if typing.get_origin(annotation) is Literal:
+        return tuple(word for arg in typing.get_args(annotation) for word in (_literals(arg) or (str(arg),)))
+    if isinstance(annotation, types.UnionType):
+        return tuple(word for arg in typing.get_args(annotation) for word in _literals(arg))
+    return ()
+
+
+def bounds(field: str) -> str:
+    """The allowed range of a numeric field in words, such as `0 to 1` or `above 0 to 10`, or nothing."""
+    low = high = ""
+    for item in RunSpec.model_fields[field].metadata:
+        if getattr(item, "ge", None) is not None:
+            low = f"{item.ge:g}" if isinstance(item.ge, float) else str(item.ge)
+        if getattr(item, "gt", None) is not None:
+            low = f"above {item.gt}"
+        if getattr(item, "le", None) is not None:
+            high = f"{item.le}"
+        if getattr(item, "lt", None) is not None:
+            high = f"below {item.lt}"
+    if low and high:
+        return f"{low} to {high}"
+    return f"{low} or more" if low else ""
