@@ -49,9 +49,7 @@ FEEDBACK: dict[str, Draw] = {
 et al. 2021, their code); nokland U(±1/√units) (Nøkland 2016, his code); principled N(0, 1)/√(units · targets)."""
 
 
-def forward_weight(
-    name: str, fan_out: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype
-) -> Tensor:
+def forward_weight(name: str, fan_out: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """One run's weight [fan_out, fan_in]: orthogonal (gain 1), torch (U(±1/√fan_in)) or zeros."""
     if name == "orthogonal":
         return orthogonal(fan_out, fan_in, generator, dtype)

@@ -4,6 +4,7 @@ Layer k of every run computes `a = h W^T + b`, batch norm (optional), activation
 Weights are `[runs, out, in]`, activations `[runs, batch, units]`, feedback matrices `[runs, units, targets]`.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -74,10 +75,7 @@ class Layer:
 
         With `training`, batch norm uses the batch's statistics and updates the running ones.
         """
-        if self.bias is None:
-            a = torch.bmm(inputs, self.weight.mT)
-        else:
-            a = torch.baddbmm(self.bias, inputs, self.weight.mT)
+        a = torch.bmm(inputs, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias, inputs, self.weight.mT)
         normal = deviation = None
         if self.scale is not None and self.shift is not None:
             normal, deviation = self._normalise(a, training)
@@ -123,7 +121,8 @@ class Layer:
         return self.feedback
 
     def _normalise(self, a: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        assert self.mean is not None and self.variance is not None
+        assert self.mean is not None
+        assert self.variance is not None
         if training:
             variance, mean = torch.var_mean(a, 1, correction=0, keepdim=True)
             size = a.shape[1]
@@ -136,8 +135,11 @@ class Layer:
 
     def _normalise_backward(self, trace: Trace, error: Tensor) -> Tensor:
         """Ioffe & Szegedy 2015: through the batch's mean and variance, writing scale and shift gradients."""
-        assert trace.normal is not None and trace.deviation is not None and self.scale is not None
-        assert self.scale_gradient is not None and self.shift_gradient is not None
+        assert trace.normal is not None
+        assert trace.deviation is not None
+        assert self.scale is not None
+        assert self.scale_gradient is not None
+        assert self.shift_gradient is not None
         size = error.shape[1]
         torch.sum(error, 1, keepdim=True, out=self.shift_gradient)
         torch.sum(error * trace.normal, 1, keepdim=True, out=self.scale_gradient)
@@ -184,12 +186,10 @@ class Network:
         if feedback is not None:
             for k, units in enumerate(structure.widths):
                 buffers[f"feedback.{k}"] = random_feedback(runs, f"feedback.{k}", units, structure.targets, dtype)
-        for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             parameters[f"weight.{k}"] = _weights(structure, runs, k, fan_out, fan_in, buffers, dtype)
             if structure.use_bias:
-                parameters[f"bias.{k}"] = _stack(
-                    runs, lambda run: forward_bias(structure.init, fan_out, fan_in, generator(run[0], f"bias.{k}"), dtype)
-                )
+                parameters[f"bias.{k}"] = _biases(structure, runs, k, fan_out, fan_in, dtype)
             if structure.batch_norm and k < len(structure.widths):
                 shape = len(runs), 1, fan_out
                 parameters[f"scale.{k}"] = torch.ones(shape, dtype=dtype)
@@ -217,9 +217,10 @@ class Network:
         """The networks of some runs only; `index` is int64 [runs kept]."""
         return self._of(lambda tensor: tensor[index.to(tensor.device)].contiguous())
 
-    def copy(self) -> "Network":
-        """The same networks in memory of their own, gradients too."""
-        return self._of(torch.clone)
+    def shadow(self) -> "Network":
+        """The same parameters with gradients and running statistics of their own: for measuring."""
+        running = {n: t.clone() for n, t in self.buffers.items() if n.startswith(("mean.", "variance."))}
+        return Network(self.structure, self.parameters, self.buffers | running)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes in training: the parameters and batch norm's running statistics."""
@@ -257,11 +258,22 @@ def _weights(
 ) -> Tensor:
     if structure.init == "aligned" and k > 0:
         before = buffers[f"feedback.{k - 1}"]
-        return (before.mT if k == len(structure.widths) else torch.bmm(buffers[f"feedback.{k}"], before.mT)).contiguous()
+        return (
+            before.mT if k == len(structure.widths) else torch.bmm(buffers[f"feedback.{k}"], before.mT)
+        ).contiguous()
     name = "orthogonal" if structure.init == "aligned" else structure.init
     return _stack(
         [(seed, name) for seed, _ in runs],
         lambda run: forward_weight(run[1], fan_out, fan_in, generator(run[0], f"weight.{k}"), dtype),
+    )
+
+
+def _biases(
+    structure: Structure, runs: Sequence[tuple[int, str]], k: int, units: int, fan_in: int, dtype: torch.dtype
+) -> Tensor:
+    return _stack(
+        [(seed, structure.init) for seed, _ in runs],
+        lambda run: forward_bias(run[1], units, fan_in, generator(run[0], f"bias.{k}"), dtype),
     )
 
 

@@ -51,11 +51,12 @@ class StackedOptimizer:
             for view, (start, stop, _) in zip(views, self._blocks, strict=True):
                 view.grad = gradient[start:stop]
             self._views[parameter_name] = views
-        fused = next(iter(network.parameters.values())).device.type in ("cpu", "cuda")
+        device = next(iter(network.parameters.values())).device
+        fused = device.type in ("cpu", "cuda")
+        self._scalars_on = device if fused else torch.device("cpu")
         names = [[n for n in self._views if n.endswith(f".{k}")] for k in range(len(network.layers))]
         self._optimizers = [
-            _make(name, self._groups(part), momentum, fused)
-            for part in (names if layerwise else [list(self._views)])
+            _make(name, self._groups(part), momentum, fused) for part in (names if layerwise else [list(self._views)])
         ]
 
     def step(self, layer: int = 0) -> None:
@@ -73,7 +74,8 @@ class StackedOptimizer:
                 own = self._owner(view).state[view]
                 for key, stacked in state[name].items():
                     part = stacked[start:stop]
-                    own[key] = part[0].clone() if part.dim() == 1 else part.to(view.device).clone()
+                    scalar = part.dim() == 1
+                    own[key] = part[0].to(self._scalars_on).clone() if scalar else part.to(view.device).clone()
 
     def _groups(self, names: list[str]) -> list[dict[str, Any]]:
         return [

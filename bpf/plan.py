@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import secrets
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,12 @@ from typing import Any, Self
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
-from bpf.errors import UsageError
+from bpf.errors import UsageError, did_you_mean
 
 SCHEMA_VERSION = 1
+BUSY_SECONDS = 60.0
+ENGINE_URL = "sqlite:///study.db"  # only its kind counts, see `engine_options`
+_NETWORK_FILE_SYSTEMS = {"afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"}
 STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
 
 Value = str | int | float | bool
@@ -185,6 +189,115 @@ cells = sa.Table(
 _ROW_COLUMNS = [cells.c[field.name] for field in fields(Row)]
 
 
+def database_path(where: str | Path) -> Path:
+    """The SQLite file that is meant, with its whole path, so that a later `chdir` does no harm."""
+    if isinstance(where, str) and "://" in where:
+        kind, where = where.split("://", 1)
+        if kind != "sqlite":
+            raise UsageError(f"A study is kept in an SQLite file so far, not in {kind!r}; give its path.")
+        where = where.removeprefix("/")
+    path = Path(where).resolve()
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
+    return path
+
+
+def engine_options(path: Path) -> dict[str, Any]:
+    """One connection, which begins no transaction by itself and waits for its turn to write.
+
+    It is opened here and not from a URL, as a path may hold what a URL may not.
+    """
+
+    def open_file() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous=NORMAL")  # with WAL, a power cut may lose the last second only
+        return connection
+
+    return {"pool_size": 1, "creator": open_file}
+
+
+def connect(path: Path) -> sa.Engine:
+    """The engine of our tables: its transactions take SQLite's write lock at once, unless only reading.
+
+    One that reads first and writes later can lose the race for the lock half-way.
+    """
+    engine = sa.create_engine(ENGINE_URL, **engine_options(path))
+
+    @sa.event.listens_for(engine, "begin")
+    def lock_at_once(connection: sa.Connection) -> None:
+        if not connection.get_execution_options().get("bpf_reading"):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def prepare(path: Path) -> None:
+    """Make the file, with a write-ahead log (the file remembers it), where SQLite's locks can be trusted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = _file_system(path.parent, Path("/proc/self/mounts"))
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise UsageError(
+            f"{path} is on a network file system ({kind}), where SQLite cannot lock reliably; "
+            "keep the experiment on a local disk."
+        )
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _file_system(directory: Path, mounts: Path) -> str | None:
+    """The type of file system that holds the directory, where the system tells (Linux)."""
+    try:
+        entries = [line.split(" ") for line in mounts.read_text().splitlines()]
+    except OSError:
+        return None
+    around = {str(directory), *map(str, directory.parents)}
+    holding = [(len(entry[1]), at, entry[2]) for at, entry in enumerate(entries) if entry[1] in around]
+    return max(holding)[2] if holding else None  # the innermost mount; of several there, the last
+
+
+def add_experiment(connection: sa.Connection, path: Path, name: str, settings: dict[str, Any]) -> None:
+    versions = _versions(connection)
+    if name in versions:
+        raise UsageError(f"The experiment {name!r} exists already in {path}.")
+    for version in versions.values():
+        _check_version(path, version)
+    record = {"name": name, "schema_version": SCHEMA_VERSION, "settings": settings}
+    connection.execute(sa.insert(experiments).values(record))
+
+
+def read_experiment(path: Path, wanted: str | None) -> tuple[str, dict[str, Any]]:
+    """The name and the settings of an experiment, before anything is written into the database."""
+    engine = connect(path)
+    try:
+        with engine.connect().execution_options(bpf_reading=True) as connection:
+            if not sa.inspect(connection).has_table(experiments.name):
+                raise UsageError(f"{path} is a database, but no bpf study.")
+            versions = _versions(connection)
+            name = next(iter(versions)) if wanted is None and len(versions) == 1 else wanted
+            if name is None or name not in versions:
+                said = "has several experiments" if name is None else f"has no experiment {name!r}"
+                raise UsageError(f"{path} {said}." + did_you_mean(name or "", versions))
+            _check_version(path, versions[name])
+            settings = sa.select(experiments.c.settings).where(experiments.c.name == name)
+            return name, connection.execute(settings).scalar_one()
+    finally:
+        engine.dispose()
+
+
+def _versions(connection: sa.Connection) -> dict[str, int]:
+    query = sa.select(experiments.c.name, experiments.c.schema_version)
+    return {record.name: record.schema_version for record in connection.execute(query)}
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != SCHEMA_VERSION:
+        made_by = "a newer" if version > SCHEMA_VERSION else "an older"
+        raise UsageError(
+            f"{path} was made by {made_by} bpf (format {version}, this one reads {SCHEMA_VERSION}); "
+            "go on with the bpf that made it."
+        )
+
+
 def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:
     """Append the cells whose key is not yet planned, as pending; returns how many there were."""
     mine = cells.c.experiment == experiment
@@ -251,12 +364,18 @@ def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Row]:
     return (Row(**record) for record in connection.execute(query).mappings().all())
 
 
+def points(connection: sa.Connection, experiment: str, rule: str, names: Sequence[str]) -> list[Point]:
+    """Where the planned cells of a rule lie in its grid."""
+    query = sa.select(cells.c.params).where(cells.c.experiment == experiment, cells.c.rule == rule)
+    return [tuple(params[name] for name in names) for params in connection.scalars(query)]
+
+
 def counts(connection: sa.Connection, experiment: str, rule: str | None) -> dict[str, int]:
     """How many cells are in each of `STATES`, counted by the database."""
     query = sa.select(cells.c.state, sa.func.count()).where(cells.c.experiment == experiment)
     if rule is not None:
         query = query.where(cells.c.rule == rule)
-    counted = {state: number for state, number in connection.execute(query.group_by(cells.c.state))}
+    counted = {record[0]: record[1] for record in connection.execute(query.group_by(cells.c.state))}
     return {state: counted.get(state, 0) for state in STATES}
 
 
@@ -323,21 +442,22 @@ _ADJECTIVES = """
     merry mighty neat nimble noble patient placid plucky polite proud quick quiet rapid ready royal serene
     sharp silent silver smart snug solar sound spry stable steady stout sunny swift tidy tranquil true vivid
     warm wise witty zesty
-""".split()
+"""
 _ANIMALS = """
     adder alpaca badger beaver bison bobcat camel caribou cheetah cobra condor cougar crane crow dingo dolphin
     eagle egret falcon ferret finch fox gecko gibbon hare hawk heron hornet ibex ibis iguana impala jackal
     jaguar kestrel koala lark lemur leopard lion llama lynx magpie marlin marmot marten mole moose newt ocelot
     orca osprey otter owl panda parrot pelican puffin puma quail rabbit raven robin salmon seal shrew sparrow
     stork swan tapir tiger toucan trout turtle viper walrus weasel wombat yak zebra
-""".split()
+"""
 
 
 def fresh_names(connection: sa.Connection, experiment: str) -> Iterator[str]:
     """Endless names like `brave-otter-417` that no cell of the experiment has yet."""
     taken = set(connection.scalars(sa.select(cells.c.name).where(cells.c.experiment == experiment)))
+    adjectives, animals = _ADJECTIVES.split(), _ANIMALS.split()
     while True:
-        name = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}-{secrets.randbelow(1000)}"
+        name = f"{secrets.choice(adjectives)}-{secrets.choice(animals)}-{secrets.randbelow(1000)}"
         if name not in taken:
             taken.add(name)
             yield name

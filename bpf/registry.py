@@ -61,7 +61,7 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._by_name)
 
-    def list(self) -> list[Plugin]:
+    def plugins(self) -> list[Plugin]:
         """Every plugin of the group, broken ones with their reason. Imports none of them."""
         return [self.describe(name) for name in self.names()]
 
@@ -94,7 +94,7 @@ class Registry:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _entry_points(self, name: str) -> "list[metadata.EntryPoint]":
+    def _entry_points(self, name: str) -> list[metadata.EntryPoint]:
         if name not in self._by_name:
             raise UsageError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, self._by_name)}")
         return self._by_name[name]

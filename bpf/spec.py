@@ -9,10 +9,19 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from bpf.errors import UsageError, did_you_mean
 
@@ -123,22 +132,17 @@ class Settings(Frozen):
     image_size: int | None = Field(
         None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."
     )
-    seed: int = Field(
-        0, ge=0, lt=2**31, description="Seed of weights, feedback, order, dropout and augmentation."
-    )
-    data_seed: int = Field(
-        0, ge=0, lt=2**31, description="Seed of the subset, the validation split and the skew."
-    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, feedback, order, dropout and augmentation.")
+    data_seed: int = Field(0, ge=0, lt=2**31, description="Seed of the subset, the validation split and the skew.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
     )
     trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: _one_or_many(v) if v else ())] = Field(
-        (), description="Measurements taken once an epoch: bp_cosine, weight_alignment, gradients, or a plugin's."
+        (),
+        description="Measurements taken once an epoch: bp_cosine, weight_alignment, gradients, or a plugin's.",
     )
-    allow_unstable: bool = Field(
-        False, description="Allow combinations known to diverge, such as drtp with relu."
-    )
+    allow_unstable: bool = Field(False, description="Allow combinations known to diverge, such as drtp with relu.")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="A rule's own options as RULE.NAME=VALUE (see `bpf algorithms RULE`).",
@@ -265,7 +269,7 @@ class GridSpec(Settings):
     weight_decay: _many(WeightDecay) = (0.0,)  # type: ignore[valid-type]
     batch_size: _many(BatchSize) = (64,)  # type: ignore[valid-type]
     dropout: _many(Dropout) = (0.0,)  # type: ignore[valid-type]
-    skew_type: Annotated[  # type: ignore[valid-type]
+    skew_type: Annotated[
         tuple[SkewType, ...], BeforeValidator(_all_skews), AfterValidator(_distinct), Field(min_length=1)
     ] = ("none",)
     imbalance_factor: _many(ImbalanceFactor) = (DEFAULT_IMBALANCE_FACTOR,)  # type: ignore[valid-type]
@@ -293,7 +297,9 @@ class GridSpec(Settings):
         return self
 
 
-TUNABLE = tuple(name for name in GridSpec.model_fields if name in set(RunSpec.model_fields) - set(Settings.model_fields))
+TUNABLE = tuple(
+    name for name in GridSpec.model_fields if name in set(RunSpec.model_fields) - set(Settings.model_fields)
+)
 
 
 def _check_dropout(objective: str, rates: typing.Sequence[float]) -> None:
@@ -358,12 +364,12 @@ def _literals(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
-def bounds(field: str) -> str:
+def bounds(model: type[BaseModel], field: str) -> str:
     """The allowed range of a numeric field in words, such as `0 to 1` or `above 0 to 10`, or nothing."""
     low = high = ""
-    for item in RunSpec.model_fields[field].metadata:
+    for item in _constraints(model.model_fields[field]):
         if getattr(item, "ge", None) is not None:
-            low = f"{item.ge:g}" if isinstance(item.ge, float) else str(item.ge)
+            low = f"{item.ge}"
         if getattr(item, "gt", None) is not None:
             low = f"above {item.gt}"
         if getattr(item, "le", None) is not None:
@@ -373,3 +379,13 @@ def bounds(field: str) -> str:
     if low and high:
         return f"{low} to {high}"
     return f"{low} or more" if low else ""
+
+
+def _constraints(part: Any) -> Iterator[Any]:
+    """Every constraint in a field or in the types its annotation is made of."""
+    for item in [*getattr(part, "metadata", ()), *getattr(part, "__metadata__", ())]:
+        yield from item.metadata if isinstance(item, FieldInfo) else [item]
+    annotation = part.annotation if isinstance(part, FieldInfo) else part
+    for argument in typing.get_args(annotation):
+        if argument is not Literal and not isinstance(argument, str):
+            yield from _constraints(argument)

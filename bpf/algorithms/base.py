@@ -35,6 +35,7 @@ class Problem:
 class Step:
     """One batch of every run: `inputs` [runs, batch, inputs] and `target` [runs, batch, targets].
 
+    `draw_mask` gives a scaled dropout mask for (batch, units), or None.
     `learned` is called with a layer as soon as its gradient stands, by rules that declare `layerwise`.
     After the step `logits` [runs, batch, targets] and `loss_per_example` [runs, batch] hold the output's.
     """
@@ -43,7 +44,7 @@ class Step:
     inputs: Tensor
     target: Tensor
     loss: Loss
-    draw_mask: Callable[[Layer], Tensor | None] = lambda layer: None
+    draw_mask: Callable[[int, int], Tensor | None] = lambda batch, units: None
     learned: Callable[[Layer], None] = lambda layer: None
     logits: Tensor = field(init=False)
     loss_per_example: Tensor = field(init=False)
@@ -52,7 +53,7 @@ class Step:
     def forward(self, layer: Layer, inputs: Tensor) -> Trace:
         """A training forward pass through one layer; a second one in the same step uses the same dropout mask."""
         if layer.index not in self._masks:
-            self._masks[layer.index] = None if layer.is_output else self.draw_mask(layer)
+            self._masks[layer.index] = None if layer.is_output else self.draw_mask(len(inputs[0]), layer.units)
         return layer.forward(inputs, self._masks[layer.index])
 
     def masked(self, layer: Layer, error: Tensor) -> Tensor:
@@ -121,9 +122,7 @@ class ProjectionRule(Algorithm):
     needs_projection: ClassVar[bool] = True
     """Whether the signal depends on p; if not, p is not computed."""
 
-    def teaching_signal(
-        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
-    ) -> Tensor:
+    def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         """t = ∂L/∂p, [runs, batch, targets], for the batch mean.
 
         `projected` p, `target` y and `output_error` e are [runs, batch, targets]; p and e are None when the

@@ -18,8 +18,6 @@ class DirectFeedbackAlignment(ProjectionRule):
     needs_output_error = True
     needs_projection = False
 
-    def teaching_signal(
-        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
-    ) -> Tensor:
+    def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         assert output_error is not None
         return output_error

@@ -23,7 +23,5 @@ class DirectRandomTargetProjection(ProjectionRule):
     needs_projection = False
     layerwise = True
 
-    def teaching_signal(
-        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
-    ) -> Tensor:
+    def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         return target / target.shape[1]

@@ -18,9 +18,7 @@ class LocalCrossEntropy(ProjectionRule):
     problem_types = frozenset({"classification"})
     layerwise = True
 
-    def teaching_signal(
-        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
-    ) -> Tensor:
+    def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         assert projected is not None
         return cross_entropy(projected, target)[1]
 
@@ -37,8 +35,6 @@ class LocalSquaredError(ProjectionRule):
     problem_types = frozenset({"classification", "reconstruction"})
     layerwise = True
 
-    def teaching_signal(
-        self, projected: Tensor | None, target: Tensor, output_error: Tensor | None
-    ) -> Tensor:
+    def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         assert projected is not None
         return squared_error(self.problem.squash)(projected, target)[1]

@@ -1,0 +1,1 @@
+"""Data sets: the seam for plugins, the built-in sets, the resident cache, subsets and augmentation."""

@@ -1,0 +1,70 @@
+"""Random brightness, rotation, zoom and translation of training images, for many runs at once."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DRAWS = 5  # brightness, angle, zoom, shift right, shift down
+
+
+def augment(
+    images: Tensor,
+    *,
+    brightness: float,
+    rotation: float,
+    zoom: float,
+    translation: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Change each image at random: float [R, B, C, H, W] in 0..255 -> the same shape and range.
+
+    Uniform for each image: a brightness factor in [1 - brightness, 1 + brightness], an angle in
+    [-rotation, rotation] degrees, a magnification in [1 - zoom, 1 + zoom] with zoom < 1, and shifts of up to
+    `translation` of the width and of the height. The image is magnified, then turned about its centre, then
+    shifted; what comes from outside is black. All magnitudes 0: `images` itself is returned.
+
+    Run r draws from `generators[r]` only, and the same numbers whichever magnitudes are 0. Raises ValueError
+    unless there is one generator for each of the R runs.
+    """
+    if not (brightness or rotation or zoom or translation):
+        return images
+    runs, batch = images.shape[:2]
+    if len(generators) != runs:
+        raise ValueError(f"{len(generators)} generators for {runs} runs")
+    light, angle, scale, right, down = _draw(generators, batch, images.device).unbind(-1)
+    if rotation or zoom or translation:
+        images = _transform(
+            images,
+            angle=angle * math.radians(rotation),
+            scale=1 + scale * zoom,
+            shift=torch.stack([right, down], -1) * translation,
+        )
+    if brightness:
+        images = images * (1 + light * brightness).to(images.dtype)[:, :, None, None, None]
+    return images.clamp(0, 255)
+
+
+def _draw(generators: Sequence[torch.Generator], batch: int, device: torch.device) -> Tensor:
+    """Uniform in [-1, 1), float32 [R, B, draws]."""
+    drawn = [torch.rand(batch, _DRAWS, generator=own, device=own.device).to(device) for own in generators]
+    return torch.stack(drawn) * 2 - 1
+
+
+def _transform(images: Tensor, *, angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Magnify, turn (radians, anticlockwise) and shift (fractions of width and height); bilinear.
+
+    `affine_grid` wants the way back, from each output pixel to where its value comes from, in coordinates
+    that run from -1 to 1 over the width and over the height, hence the aspect ratio beside the sine.
+    """
+    height, width = images.shape[-2:]
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
+    across, along = -sine * height / width, sine * width / height
+    back = torch.stack([cosine, across, along, cosine], -1).view(*angle.shape, 2, 2)
+    theta = torch.cat([back, back @ (-2 * shift)[..., None]], -1)
+    flat = images.flatten(0, 1)
+    grid = F.affine_grid(theta.flatten(0, 1).to(flat.dtype), list(flat.shape), align_corners=False)
+    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.view_as(images)

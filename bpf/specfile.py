@@ -1,0 +1,36 @@
+"""Spec files in YAML, TOML or JSON."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpf.errors import UsageError
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The settings in a file, unvalidated.
+
+    Raises UsageError if it cannot be read, is not valid in the format of its suffix, or holds no settings.
+    """
+    readers: dict[str, Callable[[str], Any]] = {
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+    }
+    if path.suffix not in readers:
+        raise UsageError(f"The spec file {path} must end in .yaml, .yml, .toml or .json.")
+    try:
+        content = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The spec file {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        first = " ".join(str(error).split())
+        raise UsageError(f"The spec file {path} is not valid {path.suffix[1:].upper()}: {first}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"The spec file {path} must hold settings by name, such as `dataset: digits`.")
+    return content

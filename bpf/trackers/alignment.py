@@ -1,0 +1,39 @@
+"""How well a rule aligns with backpropagation."""
+
+import torch
+from torch import Tensor
+
+from bpf.algorithms.bp import Backpropagation
+from bpf.trackers.base import Probe, Tracker, cosine
+
+
+class BpCosine(Tracker):
+    """Cosine between the rule's weight gradient and the true one, per layer (1 is backpropagation)."""
+
+    def measure(self, probe: Probe) -> dict[str, Tensor]:
+        control = Backpropagation(Backpropagation.Options(), probe.rule.problem)
+        true = probe.gradients_by(control)
+        return {
+            f"layer.{layer.index}": cosine(probe.rule_gradients[f"weight.{layer.index}"], true[f"weight.{layer.index}"])
+            for layer in probe.network.layers
+        }
+
+
+class WeightAlignment(Tracker):
+    """Cosine between a layer's weights and what the feedback matrices would make of them.
+
+    `cos(vec W_k, vec F_k F_{k-1}^T)` for the hidden layers after the first, `cos(vec W_out, vec F^T)` for the
+    output layer with the last hidden layer's F (Refinetti et al. 2021, Align, then memorise). A rule without
+    feedback matrices has no such alignment.
+    """
+
+    def measure(self, probe: Probe) -> dict[str, Tensor]:
+        values = {}
+        for below, layer in zip(probe.network.layers, probe.network.layers[1:], strict=False):
+            if below.feedback is None:
+                continue
+            aligned = below.feedback.mT
+            if layer.feedback is not None:
+                aligned = torch.bmm(layer.feedback, aligned)
+            values[f"layer.{layer.index}"] = cosine(layer.weight, aligned)
+        return values

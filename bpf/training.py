@@ -1,0 +1,294 @@
+"""The training loop: one cohort of runs, trained together as one stacked tensor program."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpf.algorithms import Algorithm, Layer, Network, Problem, Step
+from bpf.data.cache import Data
+from bpf.feed import Feed, Part
+from bpf.losses import output_loss, squash_for
+from bpf.network import Structure
+from bpf.optim import StackedOptimizer
+from bpf.randomness import Dropout, generator, orders
+from bpf.spec import RunSpec
+from bpf.trackers import Probe, Tracker
+
+PROBE_SIZE = 256
+EVALUATION_ROWS = 4096
+
+Scores = dict[str, float | None]
+
+
+@dataclass
+class Record:
+    """What is known of one run.
+
+    `status` is running, complete or diverged; losses are means per example, errors
+    fractions of wrong predictions (None in reconstruction). `train`, `val` and `test` are those of the best epoch,
+    counted from 1; `history` has one entry per epoch.
+    """
+
+    seed: int
+    status: str = "running"
+    epochs: int = 0
+    best_epoch: int = 0
+    objective: float | None = None
+    train: Scores | None = None
+    val: Scores | None = None
+    test: Scores | None = None
+    history: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Cohort:
+    """Runs of equal structure in training.
+
+    Give specs that differ in learning rate, weight decay, feedback initialisation, dropout rate and seed only.
+    `records` has one `Record` per spec, in the order given, whatever order the runs are stacked in. With `layerwise`
+    a rule that allows it updates each layer during the forward pass, which needs no gradient memory for more than
+    one layer; the numbers are the same.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RunSpec],
+        algorithm: type[Algorithm],
+        data: Data,
+        trackers: dict[str, Tracker] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        layerwise: bool = False,
+    ) -> None:
+        self.records = [Record(spec.seed) for spec in specs]
+        self.epoch = 0
+        self.specs = list(specs)
+        self._device, self._dtype = torch.device(device), dtype
+        self._layerwise = layerwise and algorithm.layerwise
+        self._trackers = trackers or {}
+        first = self.specs[0]
+        self._feed = Feed(data, first, self._device, dtype)
+        self._squash = squash_for(first.problem_type, first.scaler)
+        self._loss = output_loss(first.resolved_loss, self._squash)
+        options = algorithm.Options.model_validate(first.rule_options())
+        self._rule = algorithm(options, Problem(first.problem_type, self._squash))
+        # Neighbours with equal learning rates share one optimizer group.
+        self._stacked = sorted(range(len(specs)), key=lambda i: (specs[i].lr, specs[i].weight_decay, i))
+        self._assemble(self._build(algorithm.has_feedback), None)
+        self._best = {name: tensor.clone() for name, tensor in self._network.state().items()}
+
+    @property
+    def done(self) -> bool:
+        return not self._stacked
+
+    @property
+    def examples(self) -> int:
+        """Training examples of one epoch of one run."""
+        return len(self._feed.train)
+
+    @torch.no_grad()
+    def run_epoch(self) -> None:
+        """Train one epoch, measure, and let runs leave that are finished, diverged or no longer improving."""
+        start, trained = time.perf_counter(), list(self._stacked)
+        parts = {"": self._train()}
+        if len(self._feed.val):
+            parts["val_"] = self._evaluate(self._network, self._feed.val)
+        self.epoch += 1
+        scores = self._measure()
+        for prefix, totals in parts.items():
+            losses, errors = totals.tolist()
+            scores[f"{prefix}loss"] = losses
+            if self._feed.classifies:
+                scores[f"{prefix}error"] = errors
+        improved, leaving = [], []
+        for position, finite in enumerate(self._finite(*parts.values())):
+            self._log(position, scores)
+            better, leaves = self._judge(position, finite)
+            if better:
+                improved.append(position)
+            if leaves:
+                leaving.append(position)
+        self._keep_best(improved)
+        if leaving:
+            self._leave(leaving)
+        for run in trained:
+            self.records[run].seconds += (time.perf_counter() - start) / len(trained)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resume needs, as tensors and plain values."""
+        return {
+            "epoch": self.epoch,
+            "stacked": list(self._stacked),
+            "network": self._network.state(),
+            "optimizer": self._optimizer.state(),
+            "best": self._best,
+            "records": [asdict(record) for record in self.records],
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state` of a cohort with the same specs."""
+        self.epoch = state["epoch"]
+        self.records = [Record(**record) for record in state["records"]]
+        position = {run: i for i, run in enumerate(self._stacked)}
+        kept = torch.tensor([position[run] for run in state["stacked"]], dtype=torch.int64)
+        self._stacked = list(state["stacked"])
+        if self._stacked:
+            network = self._network.select(kept)
+            for name, tensor in network.state().items():
+                tensor.copy_(state["network"][name])
+            self._assemble(network, state["optimizer"])
+            self._best = {name: tensor.to(self._device) for name, tensor in state["best"].items()}
+
+    def _build(self, has_feedback: bool) -> Network:
+        first, specs = self.specs[0], [self.specs[run] for run in self._stacked]
+        structure = Structure(
+            inputs=self._feed.inputs,
+            widths=first.widths,
+            targets=self._feed.targets,
+            activation=first.activation,
+            batch_norm=first.batch_norm,
+            use_bias=first.use_bias,
+            init=first.init,
+        )
+        seeds, inits = [spec.seed for spec in specs], [spec.bw_init for spec in specs]
+        network = Network.build(structure, seeds, inits if has_feedback else None, self._dtype, self._layerwise)
+        self._rule.prepare(network, list(zip(seeds, inits, strict=True)))
+        return network.to(self._device)
+
+    def _assemble(self, network: Network, optimizer_state: dict[str, dict[str, Tensor]] | None) -> None:
+        specs = [self.specs[run] for run in self._stacked]
+        self._network = network
+        self._optimizer = StackedOptimizer(
+            specs[0].optimizer,
+            network,
+            [spec.lr for spec in specs],
+            [spec.weight_decay for spec in specs],
+            specs[0].momentum,
+            self._layerwise,
+        )
+        if optimizer_state is not None:
+            self._optimizer.load(optimizer_state)
+
+    def _train(self) -> Tensor:
+        """One pass over the training part; returns mean loss and error while training, [2, runs]."""
+        specs = [self.specs[run] for run in self._stacked]
+        seeds = [spec.seed for spec in specs]
+        order = orders(seeds, len(self._feed.train), self.epoch).to(self._device)
+        dropout = Dropout([spec.dropout for spec in specs], seeds, self.epoch, self._device, self._dtype)
+        augmenting = [generator(seed, "augmentation", self.epoch, self._device) for seed in seeds]
+        last = len(self._network.layers) - 1 if self._layerwise else 0
+        totals = torch.zeros(2, len(specs), dtype=self._dtype, device=self._device)
+        for rows in torch.split(order, specs[0].batch_size, dim=1):
+            inputs, target, labels = self._feed.batch(self._feed.train, rows, augmenting)
+            step = Step(self._network, inputs, target, self._loss, dropout.mask, self._learned)
+            self._rule.gradients(step)
+            self._optimizer.step(last)
+            self._add(totals, step.loss_per_example, step.logits, labels)
+        return totals.div_(order.shape[1])
+
+    def _learned(self, layer: Layer) -> None:
+        if self._layerwise:
+            self._optimizer.step(layer.index)
+
+    def _add(self, totals: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        totals[0] += loss.sum(1)
+        if self._feed.classifies:
+            totals[1] += (logits.argmax(-1) != labels).sum(1)
+
+    def _evaluate(self, network: Network, part: Part) -> Tensor:
+        """Mean loss and error [2, runs] of networks in use: running statistics, no dropout, no augmentation."""
+        totals = torch.zeros(2, network.runs, dtype=self._dtype, device=self._device)
+        everything = torch.arange(len(part), device=self._device)
+        for rows in torch.split(everything, max(1, EVALUATION_ROWS // network.runs)):
+            batch = self._feed.batch(part, rows[None])
+            inputs, target, labels = (tensor.expand(network.runs, *tensor.shape[1:]) for tensor in batch)
+            logits = network.logits(inputs)
+            self._add(totals, self._loss(logits, target)[0], logits, labels)
+        return totals.div_(len(part))
+
+    def _measure(self) -> dict[str, list[float]]:
+        """Every tracker's values per run, by `tracker/name`."""
+        if not self._trackers:
+            return {}
+        order = torch.randperm(len(self._feed.train), generator=generator(self.specs[0].data_seed, "probe"))
+        inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._device))
+        runs = self._network.runs
+        probe = Probe(self._network, self._rule, self._loss, inputs.expand(runs, -1, -1), target.expand(runs, -1, -1))
+        return {
+            f"{tracker}/{name}": values.tolist()
+            for tracker, instance in self._trackers.items()
+            for name, values in instance.measure(probe).items()
+        }
+
+    def _finite(self, *scores: Tensor) -> list[bool]:
+        finite = torch.stack([score.isfinite().all(0) for score in scores]).all(0)
+        for parameter in self._network.parameters.values():
+            finite &= parameter.flatten(1).isfinite().all(1)
+        return finite.tolist()
+
+    def _log(self, position: int, scores: dict[str, list[float]]) -> None:
+        """Append this epoch's `scores` (by name, one value per stacked run) to the run's history."""
+        record = self.records[self._stacked[position]]
+        record.epochs = self.epoch
+        for name, values in scores.items():
+            record.history.setdefault(name, []).append(values[position])
+
+    def _judge(self, position: int, finite: bool) -> tuple[bool, bool]:
+        """Whether a run's objective is its best so far, and whether the run leaves."""
+        run = self._stacked[position]
+        record, spec = self.records[run], self.specs[run]
+        if not finite:
+            record.status = "diverged"
+            return False, True
+        value = record.history[spec.objective][-1]
+        better = record.objective is None or value < record.objective
+        if better:
+            record.objective, record.best_epoch = value, self.epoch
+            record.train = _scores(record.history, "")
+            record.val = _scores(record.history, "val_")
+        stale = spec.early_stopping and self.epoch - record.best_epoch >= spec.early_stopping
+        return better, bool(stale) or self.epoch >= spec.epochs
+
+    def _keep_best(self, positions: list[int]) -> None:
+        index = torch.tensor(positions, dtype=torch.int64, device=self._device)
+        for name, tensor in self._network.state().items():
+            self._best[name].index_copy_(0, index, tensor.index_select(0, index))
+
+    def _leave(self, positions: list[int]) -> None:
+        """Test the best networks of the runs that finish, and go on with the others only."""
+        finishing = [p for p in positions if self.records[self._stacked[p]].status != "diverged"]
+        if finishing:
+            scores = self._evaluate(self._best_networks(finishing), self._feed.test).tolist()
+            for i, position in enumerate(finishing):
+                record = self.records[self._stacked[position]]
+                record.test = {"loss": scores[0][i], "error": scores[1][i] if self._feed.classifies else None}
+                record.status = "complete"
+        stay = torch.tensor([p for p in range(len(self._stacked)) if p not in set(positions)], dtype=torch.int64)
+        self._stacked = [self._stacked[p] for p in stay.tolist()]
+        if self._stacked:
+            optimizer = {
+                name: {key: tensor[stay.to(tensor.device)] for key, tensor in state.items()}
+                for name, state in self._optimizer.state().items()
+            }
+            self._best = {name: tensor[stay.to(self._device)] for name, tensor in self._best.items()}
+            self._assemble(self._network.select(stay), optimizer)
+
+    def _best_networks(self, positions: list[int]) -> Network:
+        index = torch.tensor(positions, dtype=torch.int64)
+        network = self._network.select(index)
+        for name, tensor in network.state().items():
+            tensor.copy_(self._best[name][index.to(self._device)])
+        return network
+
+
+def _scores(history: dict[str, list[float]], prefix: str) -> Scores | None:
+    """The last epoch's loss and error of a part, or None when the part is empty."""
+    if f"{prefix}loss" not in history:
+        return None
+    error = history.get(f"{prefix}error")
+    return {"loss": history[f"{prefix}loss"][-1], "error": error[-1] if error else None}
