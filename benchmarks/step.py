@@ -14,6 +14,7 @@ same run, and the best round of each counts. Read the numbers as ratios.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 
@@ -104,7 +105,7 @@ def bpf_epoch(data: Data, rule: str, arch: str, runs: int) -> Measure:
 def floor(data: Data, rule: str, arch: str, runs: int) -> Measure:
     sizes = [data.shape[1] * data.shape[2], *map(int, arch.split("-")), 10]
     inputs = [torch.randn(runs, BATCH, size) for size in sizes]
-    weights = [torch.randn(runs, o, i) for i, o in zip(sizes, sizes[1:], strict=False)]
+    weights = [torch.randn(runs, o, i) for i, o in itertools.pairwise(sizes)]
     feedback = [torch.randn(runs, size, 10) for size in sizes[1:-1]]
     biases = [torch.zeros(runs, 1, size) for size in sizes[1:]]
     gradients = [torch.zeros_like(weight) for weight in weights]
@@ -130,7 +131,7 @@ def floor(data: Data, rule: str, arch: str, runs: int) -> Measure:
 
 def network(data: Data, arch: str) -> nn.Sequential:
     sizes = [data.shape[1] * data.shape[2], *map(int, arch.split("-"))]
-    hidden = [part for i, o in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(i, o), nn.Tanh())]
+    hidden = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.Tanh())]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], 10))
 
 

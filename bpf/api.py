@@ -4,18 +4,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpf.data.cache import Data, describe, load
 from bpf.data.subsets import subset
 from bpf.errors import RunError, UsageError
 from bpf.experiment import Experiment, find, load_rules, open_experiment, prepare
 from bpf.grid import Grid, as_grid, check_run, expand
-from bpf.hardware import choose_device, cohort_cells
 from bpf.plan import Row
 from bpf.results import Ranked, cost, rank
 from bpf.spec import GridSpec, RunSpec
-from bpf.worker import Observer, Stop, Worker
+
+if TYPE_CHECKING:
+    from bpf.worker import Observer, Stop
 
 OPEN = ("pending", "interrupted", "running")
 
@@ -51,6 +52,8 @@ def open_train(directory: Path, run: RunSpec, data_dir: Path) -> Experiment:
 
 def plan(experiment: Experiment) -> Planned:
     """Expand the experiment's grid; writes and downloads nothing."""
+    from bpf.hardware import choose_device, cohort_cells
+
     grid = expand(experiment.grid, experiment.rules())
     spec = experiment.grid
     info = describe(spec.dataset, experiment.data_dir)
@@ -73,9 +76,9 @@ def plan(experiment: Experiment) -> Planned:
 
 def run(
     experiment: Experiment,
-    observe: Callable[[list[Row]], AbstractContextManager[Observer]],
+    observe: Callable[[list[Row]], "AbstractContextManager[Observer]"],
     command: Sequence[str],
-    stop: Stop,
+    stop: "Stop",
     checkpoint_seconds: float,
     retry_failed: bool = False,
 ) -> None:
@@ -84,6 +87,9 @@ def run(
     Everything that can be wrong with the request is found before anything is written. Raises Interrupted after a
     request to stop.
     """
+    from bpf.hardware import choose_device
+    from bpf.worker import Worker
+
     spec = experiment.grid
     choose_device(spec.device)
     experiment.trackers()

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -13,7 +13,9 @@ from rich.table import Table
 from bpf.grid import Grid
 from bpf.plan import Claim, Row
 from bpf.results import Ranked, Spread, cost, rank, varying, winners
-from bpf.training import Cohort
+
+if TYPE_CHECKING:
+    from bpf.training import Cohort
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -70,7 +72,7 @@ class LiveProgress:
             self._epochs, total=spec["epochs"], completed=epoch, description="epochs", note=name, visible=True
         )
 
-    def trained(self, claim: Claim, cohort: Cohort) -> None:
+    def trained(self, claim: Claim, cohort: "Cohort") -> None:
         self._spent += self._take(claim, 1 / (claim.rows[0].spec["epochs"] - cohort.epoch + 1))
         self._progress.update(self._epochs, completed=cohort.epoch)
         self._progress.update(self._cells, note=self._note())
@@ -166,16 +168,17 @@ def _table(title: str, ranked: Sequence[Ranked], names: Sequence[str], objective
     table.add_column("#", justify="right")
     table.add_column("rule", no_wrap=True)
     measured = list(ranked[0].test) if test else []
-    for heading in (objective, *(f"test {name}" for name in measured), "best epoch"):
+    for heading in [f"test {name}" for name in measured] if test else [objective]:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("parameters", overflow="fold")
+    table.add_column("best epoch", justify="right", no_wrap=True)
+    table.add_column("parameters", min_width=20)
     for place, entry in enumerate(ranked, 1):
         epochs = sorted({min(entry.best_epochs), max(entry.best_epochs)})
         table.add_row(
             str(place),
             entry.row.rule,
-            plus_minus(objective, entry.objective),
             *(plus_minus(name, entry.test[name]) for name in measured),
+            *([] if test else [plus_minus(objective, entry.objective)]),
             "-".join(map(str, epochs)),
             describe({name: value for name, value in entry.row.params.items() if name in names}),
         )
@@ -189,10 +192,10 @@ def describe(params: dict[str, Any]) -> str:
 
 def plus_minus(name: str, spread: Spread) -> str:
     """`0.123 ± 0.004`; errors are shown in percent."""
-    factor, unit = (100, " %") if name.endswith("error") else (1, "")
-    digits = ".2f" if factor == 100 else ".4f"
-    deviation = f" ± {spread.std * factor:{digits}}" if len(spread.values) > 1 else ""
-    return f"{spread.mean * factor:{digits}}{deviation}{unit}"
+    is_error = name.endswith("error")
+    scale, digits = (100, ".2f") if is_error else (1, ".4f" if spread.mean >= 0.001 else ".1e")
+    deviation = f" ± {spread.std * scale:{digits}}" if len(spread.values) > 1 else ""
+    return f"{spread.mean * scale:{digits}}{deviation}{' %' if is_error else ''}"
 
 
 def word(value: Any) -> str:

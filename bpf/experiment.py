@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 import bpf
-from bpf.algorithms import Algorithm
 from bpf.errors import UsageError
 from bpf.files import explaining, write_text
 from bpf.grid import Grid, expand
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec import TUNABLE, GridSpec, build
 from bpf.study import Study
-from bpf.trackers import Tracker
+
+if TYPE_CHECKING:
+    from bpf.algorithms import Algorithm
+    from bpf.trackers import Tracker
 
 FORMAT = 1
 FREE_TO_CHANGE = frozenset({"device"})
@@ -53,10 +55,10 @@ class Experiment:
         """Where the history of a cell's executions lies, as JSON."""
         return self.directory / "logs" / f"{key}.json"
 
-    def rules(self) -> dict[str, type[Algorithm]]:
+    def rules(self) -> "dict[str, type[Algorithm]]":
         return load_rules(self.grid.algorithm)
 
-    def trackers(self) -> dict[str, Tracker]:
+    def trackers(self) -> "dict[str, Tracker]":
         registry = Registry(TRACKERS)
         return {name: registry.load(name)() for name in self.grid.trackers}
 
@@ -146,8 +148,10 @@ def open_experiment(directory: Path) -> Experiment:
     )
 
 
-def load_rules(names: Sequence[str]) -> dict[str, type[Algorithm]]:
+def load_rules(names: Sequence[str]) -> "dict[str, type[Algorithm]]":
     """The learning rules of these names. Raises UsageError for one that is unknown, broken or not a rule."""
+    from bpf.algorithms import Algorithm
+
     registry = Registry(ALGORITHMS)
     rules = {}
     for name in names:

@@ -4,21 +4,23 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from bpf.algorithms import Algorithm
 from bpf.errors import UsageError, did_you_mean
 from bpf.plan import Axis, Cell, Value
 from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, choices, digest
+
+if TYPE_CHECKING:
+    from bpf.algorithms import Algorithm
 
 MAX_CELLS = 1_000_000
 SKEW = "skew"
 PER_RUN = frozenset({"lr", "bw_init", "dropout", "weight_decay", "seed"})
 """What the runs of a cohort may differ in."""
 
-Rules = Mapping[str, type[Algorithm]]
+Rules = Mapping[str, "type[Algorithm]"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Grid:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def check_run(run: RunSpec, rule: type[Algorithm]) -> None:
+def check_run(run: RunSpec, rule: "type[Algorithm]") -> None:
     """Raise UsageError if `rule` cannot do `run`, saying which fields and what would work."""
     _check_problem(run.algorithm, rule, run.problem_type)
     for name in ("activation", "init"):
@@ -82,7 +84,7 @@ def as_grid(run: RunSpec) -> GridSpec:
     return GridSpec.model_validate({**values, "executions_per_trial": 1})
 
 
-def _axes(grid: GridSpec, name: str, rule: type[Algorithm]) -> tuple[list[Axis], list[LeftOut]]:
+def _axes(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[list[Axis], list[LeftOut]]:
     values: dict[str, list[Value]] = {}
     refused: list[tuple[str, int, str]] = []
     for parameter in TUNABLE:
@@ -133,7 +135,7 @@ def _skews(grid: GridSpec) -> Iterator[str]:
             yield from (f"{skew}:{factor:g}" for factor in grid.imbalance_factor)
 
 
-def _cells(grid: GridSpec, name: str, rule: type[Algorithm], axes: Sequence[Axis]) -> Iterator[Cell]:
+def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Axis]) -> Iterator[Cell]:
     shared = grid.model_dump(exclude={*TUNABLE, "executions_per_trial", "options"}) | {"algorithm": name}
     for point in itertools.product(*(axis.values for axis in axes)):
         params = dict(zip((axis.name for axis in axes), point, strict=True))
@@ -161,7 +163,7 @@ def _fields(name: str, params: Mapping[str, Value]) -> dict[str, Any]:
     return fields | ({"options": {name: options}} if options else {})
 
 
-def _check_problem(name: str, rule: type[Algorithm], problem_type: str) -> None:
+def _check_problem(name: str, rule: "type[Algorithm]", problem_type: str) -> None:
     if problem_type not in rule.problem_types:
         able = " or ".join(sorted(rule.problem_types))
         raise UsageError(
@@ -170,7 +172,7 @@ def _check_problem(name: str, rule: type[Algorithm], problem_type: str) -> None:
         )
 
 
-def _unsuitable(name: str, rule: type[Algorithm], parameter: str, value: Value, allow: bool) -> str:
+def _unsuitable(name: str, rule: "type[Algorithm]", parameter: str, value: Value, allow: bool) -> str:
     """Why a rule cannot take a value of a parameter, or nothing."""
     bounded = " or ".join(sorted(BOUNDED_ACTIVATIONS))
     unbounded = parameter == "activation" and value not in BOUNDED_ACTIVATIONS
@@ -201,7 +203,7 @@ def _check_option_names(options: Mapping[str, Any], rules: Rules) -> None:
             )
 
 
-def _option_values(rule: type[Algorithm], name: str, given: Mapping[str, Any]) -> dict[str, list[Value]]:
+def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> dict[str, list[Value]]:
     """Every option of a rule with its validated candidates, defaults included."""
     defaults = _options(rule, name, {}).model_dump(mode="json")
     values: dict[str, list[Value]] = {option: [default] for option, default in defaults.items()}
@@ -212,7 +214,7 @@ def _option_values(rule: type[Algorithm], name: str, given: Mapping[str, Any]) -
     return values
 
 
-def _options(rule: type[Algorithm], name: str, given: Mapping[str, Any]) -> BaseModel:
+def _options(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> BaseModel:
     try:
         return rule.Options.model_validate(dict(given))
     except ValidationError as error:

@@ -13,6 +13,7 @@ from bpf.errors import UsageError, did_you_mean
 
 ALGORITHMS, DATASETS, TRACKERS = "bpf.algorithms", "bpf.datasets", "bpf.trackers"
 Source = Callable[[str], Iterable[metadata.EntryPoint]]
+_MOST_REEXPORTS = 8
 
 
 def installed(group: str) -> Iterable[metadata.EntryPoint]:
@@ -68,12 +69,12 @@ class Registry:
     def describe(self, name: str) -> Plugin:
         entry_points = self._entry_points(name)
         first = entry_points[0]
-        where = ", ".join(_distribution(entry_point)[0] for entry_point in entry_points)
-        version = _distribution(first)[1]
+        owner, version = _distribution(first)
         if len(entry_points) > 1:
-            return Plugin(name, first.value, where, version, problem=f"declared by both {where}")
+            owners = _owners(entry_points)
+            return Plugin(name, first.value, owners, "", problem=f"declared by {owners}; uninstall one of them")
         summary, attributes, problem = _read_source(first)
-        return Plugin(name, first.value, where, version, summary, attributes, problem)
+        return Plugin(name, first.value, owner, version, summary, attributes, problem)
 
     def load(self, name: str) -> Any:
         """Import the plugin and return what its entry point names.
@@ -83,11 +84,11 @@ class Registry:
         """
         entry_points = self._entry_points(name)
         if len(entry_points) > 1:
-            owners = " and ".join(_distribution(entry_point)[0] for entry_point in entry_points)
-            raise UsageError(f"The {self.kind} {name!r} is declared by both {owners}. Uninstall one of them.")
+            owners = _owners(entry_points)
+            raise UsageError(f"The {self.kind} {name!r} is declared by {owners}. Uninstall one of them.")
         try:
             return entry_points[0].load()
-        except Exception as error:  # whatever a plugin raises at import must not look like ours
+        except (Exception, SystemExit) as error:  # whatever a plugin raises at import must not look like ours
             owner = " ".join(_distribution(entry_points[0])).strip()
             raise UsageError(
                 f"The {self.kind} {name!r} of {owner} ({entry_points[0].value}) cannot be loaded: "
@@ -104,6 +105,10 @@ def _identity(entry_point: metadata.EntryPoint) -> tuple[str, str]:
     return _distribution(entry_point)[0], entry_point.value
 
 
+def _owners(entry_points: Iterable[metadata.EntryPoint]) -> str:
+    return " and ".join(_distribution(entry_point)[0] for entry_point in entry_points)
+
+
 def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
     dist = entry_point.dist
     return (dist.name, dist.version) if dist is not None else ("unknown distribution", "")
@@ -111,23 +116,74 @@ def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
 
 def _read_source(entry_point: metadata.EntryPoint) -> tuple[str, tuple[tuple[str, Any], ...], str]:
     """(summary, literal class attributes, problem) of the class an entry point names, from its source."""
-    path = _module_file(entry_point.module)
-    if path is None:
-        return "", (), f"module {entry_point.module} is not installed"
-    if path.suffix != ".py":
-        return "", (), ""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
-        return "", (), f"{path.name} cannot be read: {error}"
-    for module in _imported_roots(tree):
-        if _find_spec(module) is None:
-            return "", (), f"needs the module {module}, which is not installed"
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == entry_point.attr:
-            summary = (ast.get_docstring(node) or "").partition("\n")[0].rstrip(".")
-            return summary, tuple(_literals(node)), ""
-    return "", (), f"{entry_point.module} defines no class {entry_point.attr}"
+    if not entry_point.pattern.match(entry_point.value) or not entry_point.attr:
+        return "", (), f"its entry point {entry_point.value!r} is not of the form module:Class"
+    found = _find_class(entry_point.module, entry_point.attr)
+    if not isinstance(found, ast.ClassDef):
+        return "", (), found
+    summary = (ast.get_docstring(found) or "").partition("\n")[0].rstrip(".")
+    return summary, tuple(_literals(found)), ""
+
+
+def _find_class(module: str, name: str) -> ast.ClassDef | str:
+    """The definition of a class, followed through `from ... import`, or why there is none.
+
+    The reason is empty where the source does not tell, such as for a compiled module.
+    """
+    for _ in range(_MOST_REEXPORTS):
+        path = _module_file(module)
+        if path is None:
+            return f"module {module} is not installed"
+        if path.suffix != ".py":
+            return ""
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError) as error:
+            return f"{path.name} cannot be read: {error}"
+        for needed in _imported_roots(tree):
+            if _find_spec(needed) is None:
+                return f"needs the module {needed}, which is not installed"
+        binding = _binding(tree, name)
+        if isinstance(binding, ast.ClassDef):
+            return binding
+        if not isinstance(binding, ast.ImportFrom):
+            # A star import, an assignment or a condition may define the name all the same.
+            certain = not _may_define(tree, name)
+            return f"{module} defines no class {name}" if certain else ""
+        name = next(alias.name for alias in binding.names if name in (alias.asname, alias.name))
+        module = _absolute(binding, module, path)
+    return ""
+
+
+def _binding(tree: ast.Module, name: str) -> ast.stmt | None:
+    """The top-level class or `from ... import` that gives a module this name."""
+    for node in reversed(tree.body):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            return node
+    return None
+
+
+def _may_define(tree: ast.Module, name: str) -> bool:
+    """Whether a module mentions a dotted name's root in some other way, or imports everything from somewhere."""
+    root = name.partition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.ClassDef | ast.FunctionDef | ast.alias):
+            known = node.id if isinstance(node, ast.Name) else node.name
+            if known in (root, "*") or (isinstance(node, ast.alias) and node.asname == root):
+                return True
+        if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
+            return True
+    return False
+
+
+def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
+    """The dotted module that a `from ... import` in `module` (whose source is `path`) names."""
+    parts = module.split(".")
+    up = node.level - (path.name == "__init__.py")
+    base = parts[: len(parts) - up] if node.level else []
+    return ".".join([*base, *([node.module] if node.module else [])])
 
 
 def _literals(node: ast.ClassDef) -> Iterable[tuple[str, Any]]:
@@ -140,8 +196,8 @@ def _literals(node: ast.ClassDef) -> Iterable[tuple[str, Any]]:
             name, value = statement.target.id, statement.value
         else:
             continue
-        if isinstance(value, ast.Call) and value.args:  # frozenset({...})
-            value = value.args[0]
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "frozenset":
+            value = value.args[0] if value.args else ast.Tuple([])
         try:
             yield name, ast.literal_eval(value)
         except ValueError:

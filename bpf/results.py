@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpf.plan import Row
-from bpf.training import Scores
 
 Numbers = Sequence[float]
 
@@ -83,7 +82,7 @@ def _ranked(row: Row) -> Ranked:
     executions = row.result["executions"]
     test: dict[str, Spread] = {}
     for name in ("loss", "error"):
-        scores: list[Scores] = [execution["test"] for execution in executions]
+        scores: list[dict[str, float | None]] = [execution["test"] for execution in executions]
         values = [value for value in (score[name] for score in scores) if value is not None]
         if values:
             test[name] = Spread(values)

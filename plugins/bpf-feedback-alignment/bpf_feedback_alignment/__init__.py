@@ -1,0 +1,1 @@
+"""Feedback alignment, sign-DFA and shallow learning for bpf."""
