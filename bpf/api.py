@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf.data.cache import Data, describe, load
+from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
 from bpf.errors import RunError, UsageError
 from bpf.experiment import Experiment, find, load_rules, open_experiment, prepare
@@ -55,7 +55,11 @@ def plan(experiment: Experiment) -> Planned:
     from bpf.hardware import choose_device, cohort_cells
 
     grid = expand(experiment.grid, experiment.rules())
+    experiment.trackers()
     spec = experiment.grid
+    dataset = open_dataset(spec.dataset, experiment.data_dir, spec.image_size)
+    if dataset.takes_source:
+        dataset.fingerprint()  # looks whether the source is there
     info = describe(spec.dataset, experiment.data_dir)
     if info.problem:
         raise UsageError(f"The dataset {spec.dataset!r} cannot be used: {info.problem}")
@@ -97,9 +101,13 @@ def run(
     loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
     _check_subsets(spec, loaded)
     with experiment.running():
+        begun = experiment.begun
+        if not begun:  # first of all, so that whatever happens next, `bpf resume` can go on
+            experiment.save(command)
         study, _ = experiment.plan()
         with closing(study):
-            experiment.save(command)
+            if begun:  # last, so that a grid that cannot be extended is not recorded
+                experiment.save(command)
             if retry_failed:
                 study.retry_failed()
             with observe(study.rows()) as observer, stop.on_signals():
@@ -142,7 +150,8 @@ def train_report(experiment: Experiment) -> dict[str, Any]:
     if row.state == "failed":
         last = (row.error or "").strip().splitlines()[-1]
         raise RunError(
-            f"The run failed: {last}\nThe traceback is in {experiment.directory}; see `bpf status --failed`."
+            f"The run failed: {last}\nSee `bpf status {experiment.directory} --failed`; "
+            f"`bpf resume {experiment.directory} --retry-failed` tries again."
         )
     result = row.result or {}
     record = result["executions"][0]
@@ -174,7 +183,7 @@ def newest_unfinished(root: Path) -> Experiment:
     newest(root)
     for directory in find(root):
         experiment = open_experiment(directory)
-        if any(status(experiment)["cells"][state] for state in OPEN):
+        if not experiment.database.exists() or any(status(experiment)["cells"][state] for state in OPEN):
             return experiment
     raise UsageError(f"Every experiment in {root} is finished. Start one with `bpf tune`, or name a directory.")
 

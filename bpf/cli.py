@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpf import __version__
-from bpf.errors import BpfError, RunError
-from bpf.options import merge, with_spec_options
+from bpf.errors import BpfError, RunError, UsageError
+from bpf.options import is_value, merge, with_spec_options
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec import GridSpec, RunSpec, build, digest
 
@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 RUNS = Path("runs")
+SPEC_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 Directory = Annotated[Path | None, typer.Argument(help="The experiment's directory.", show_default=False)]
 SpecFile = Annotated[
@@ -83,7 +84,7 @@ def tune(
 
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
-    experiment = api.open_tune(directory, grid, data_dir)
+    experiment = api.open_tune(_new(directory), grid, data_dir)
     planned = api.plan(experiment)
     if as_json and dry_run:
         _print_json(planned.as_json())
@@ -110,7 +111,7 @@ def train(
 
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(run.model_dump(mode='json', exclude={'device'}))[:8]}"
-    experiment = api.open_train(directory or RUNS / name, run, data_dir)
+    experiment = api.open_train(_new(directory or RUNS / name), run, data_dir)
     _run(experiment, checkpoint_every, quiet or as_json)
     _show_run(experiment, as_json)
 
@@ -266,6 +267,9 @@ def _run(experiment: "Experiment", checkpoint_seconds: float, quiet: bool, retry
         api.run(experiment, observe, [shlex.join(command)], Stop(), checkpoint_seconds, retry_failed)
     except Interrupted:
         raise Interrupted(f"Stopped, and everything is stored. Go on with: bpf resume {experiment.directory}") from None
+    except KeyboardInterrupt:
+        go_on = f"go on with: bpf resume {experiment.directory}" if experiment.begun else "nothing was begun."
+        raise Interrupted(f"Interrupted at once. Nothing finished is lost; {go_on}") from None
 
 
 def _show_ranking(experiment: "Experiment", as_json: bool) -> None:
@@ -296,6 +300,19 @@ def _open(directory: Path | None) -> "Experiment":
     from bpf.experiment import open_experiment
 
     return open_experiment(directory) if directory else api.newest(RUNS)
+
+
+def _new(directory: Path) -> Path:
+    """Refuse what is more likely a stray value, such as the second of `--lr 0.1 0.01`, than a directory."""
+    word = str(directory)
+    if directory.is_file() and directory.suffix in SPEC_SUFFIXES:
+        raise UsageError(f"{word} is a file, not an experiment's directory. A spec file is given with --spec {word}.")
+    if not directory.exists() and is_value(word):
+        raise UsageError(
+            f"{word!r} would be the experiment's directory. Give lists with commas, such as --lr 0.1,0.01; "
+            f"if a directory is meant, write {RUNS / word}."
+        )
+    return directory
 
 
 def _list_plugins(group: str, as_json: bool) -> None:

@@ -89,7 +89,8 @@ class LiveProgress:
         due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._total
         if due and not self._quiet and not err.is_terminal:
             shown = f"{self._objective} {number(value)}" if value is not None else state
-            self._say(f"{self._ended}/{self._total} {row.name}: {row.rule} {self._describe(row)}: {shown}")
+            what = " ".join(filter(None, (row.rule, self._describe(row))))
+            self._say(f"{self._ended}/{self._total} {row.name}: {what}: {shown}")
 
     def _describe(self, row: Row) -> str:
         return describe({name: value for name, value in row.params.items() if name in self._varying})

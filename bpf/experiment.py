@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bpf.trackers import Tracker
 
 FORMAT = 1
+_CONTENT = {"kind": str, "name": str, "created": str, "commands": list, "data_dir": str, "spec": dict}
 FREE_TO_CHANGE = frozenset({"device"})
 """Settings that say where to train, not what."""
 
@@ -48,6 +49,11 @@ class Experiment:
     def database(self) -> Path:
         return self.directory / "study.db"
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it is on disk, so that it is gone on with."""
+        return (self.directory / "experiment.yaml").exists()
+
     def checkpoint(self, cohort: str) -> Path:
         return self.directory / "checkpoints" / f"{cohort}.pt"
 
@@ -64,6 +70,16 @@ class Experiment:
 
     def open_study(self) -> Study:
         """The study in this directory; raises UsageError if there is none that can be read."""
+        if not self.database.exists() and not self._has_trained():
+            raise UsageError(
+                f"Nothing is planned in {self.directory} yet, as its start was cut short. "
+                f"Go on with `bpf resume {self.directory}`."
+            )
+        if not self.database.exists():
+            raise UsageError(
+                f"{self.database} is missing, and with it what the logs in {self.directory} belong to. "
+                "Put it back, or start anew in another directory."
+            )
         return Study.open(self.database, self.name)
 
     @contextmanager
@@ -87,14 +103,29 @@ class Experiment:
     def plan(self) -> tuple[Study, Grid]:
         """The study with every cell of the grid in it; what is there already stays as it is."""
         grid = expand(self.grid, self.rules())
-        with explaining(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        if self.database.exists():
-            study = self.open_study()
-        else:
-            study = Study.create(self.database, self.name, {"spec": self.grid.model_dump(mode="json")})
+        if not self.database.exists() and not self._has_trained():
+            self._create_study()
+        study = self.open_study()
         study.plan(grid.axes, grid.cells)
         return study, grid
+
+    def _create_study(self) -> None:
+        """Make the database beside its place, so that a crash or a full disk leaves none rather than half of one."""
+        made = self.directory / "study.new.db"
+        with explaining(made):
+            self._discard(made)
+            try:
+                Study.create(made, self.name, {"spec": self.grid.model_dump(mode="json")}).close()
+                made.replace(self.database)
+            finally:
+                self._discard(made)
+
+    def _discard(self, database: Path) -> None:
+        for path in self.directory.glob(f"{database.name}*"):
+            path.unlink()
+
+    def _has_trained(self) -> bool:
+        return any(any((self.directory / name).glob("*")) for name in ("logs", "checkpoints"))
 
     def save(self, command: Sequence[str]) -> None:
         """Write `experiment.yaml`, remembering the commands that made and extended the experiment."""
@@ -123,29 +154,33 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path) -> Exper
     wanted = Experiment(directory, kind, directory.resolve().name, grid, data_dir.resolve(), _now())
     if not directory.exists():
         return wanted
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is a file. Choose another directory.")
     if not (directory / "experiment.yaml").exists():
-        if not directory.is_dir() or any(_foreign(directory)):
+        if any(_foreign(directory)):
             raise UsageError(f"{directory} is not an experiment, and not empty. Choose another directory.")
         return wanted
     present = open_experiment(directory)
-    return replace(present, grid=_merge(present.grid, grid, directory), data_dir=wanted.data_dir)
+    if present.kind != kind:
+        kinds = {"tune": "a grid search (bpf tune)", "train": "a single run (bpf train)"}
+        raise UsageError(f"{directory} holds {kinds[present.kind]}, not {kinds[kind]}. Choose another directory.")
+    return replace(present, grid=_merge(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
 
 
 def open_experiment(directory: Path) -> Experiment:
     """The experiment in `directory`. Raises UsageError if it holds none, or one that cannot be read."""
     path = directory / "experiment.yaml"
+    if not directory.is_dir():
+        found = "it is a file" if directory.exists() else "there is no such directory"
+        raise UsageError(f"{directory} is not an experiment: {found}.")
     if not path.is_file():
-        hint = "" if directory.exists() else " (there is no such directory)"
-        raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml{hint}.")
+        raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml.")
     content = _read(path)
-    return Experiment(
-        directory,
-        content["kind"],
-        content["name"],
-        build(GridSpec, _explicit(content["spec"])),
-        Path(content["data_dir"]),
-        content["created"],
-    )
+    try:
+        grid = build(GridSpec, _explicit(content["spec"]))
+    except UsageError as error:
+        raise UsageError(f"The spec in {path} is not one that this bpf accepts:\n{error}") from error
+    return Experiment(directory, content["kind"], content["name"], grid, Path(content["data_dir"]), content["created"])
 
 
 def load_rules(names: Sequence[str]) -> "dict[str, type[Algorithm]]":
@@ -164,12 +199,12 @@ def load_rules(names: Sequence[str]) -> "dict[str, type[Algorithm]]":
 
 def find(root: Path) -> list[Path]:
     """The experiments below `root`, the one touched last first."""
-    found = [path.parent for path in root.glob("*/experiment.yaml")]
-    return sorted(
-        found,
-        key=lambda path: (path / "study.db").stat().st_mtime if (path / "study.db").exists() else 0.0,
-        reverse=True,
-    )
+
+    def touched(directory: Path) -> float:
+        files = (directory / name for name in ("experiment.yaml", "study.db", "study.db-wal"))
+        return max(path.stat().st_mtime for path in files if path.exists())
+
+    return sorted((path.parent for path in root.glob("*/experiment.yaml")), key=touched, reverse=True)
 
 
 def versions() -> dict[str, str]:
@@ -188,13 +223,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{damaged}.")
     if content["format"] != FORMAT:
         raise UsageError(f"{path} is of format {content['format']}; this bpf reads format {FORMAT}.")
-    missing = {"kind", "name", "created", "commands", "data_dir", "spec"} - set(content)
-    if missing or not isinstance(content["spec"], dict):
-        raise UsageError(f"{damaged} (without {', '.join(sorted(missing)) or 'a spec'}).")
+    wrong = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
+    if wrong or content["kind"] not in ("tune", "train"):
+        raise UsageError(f"{damaged} (look at {', '.join(wrong) or 'kind'}).")
     return content
 
 
-def _merge(old: GridSpec, new: GridSpec, directory: Path) -> GridSpec:
+def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec:
     differences = []
     merged: dict[str, Any] = {}
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
@@ -207,26 +242,30 @@ def _merge(old: GridSpec, new: GridSpec, directory: Path) -> GridSpec:
         else:
             differences.append(f"  {name}: {_show(was)} there, {_show(now)} now")
     if differences:
+        extend = "A grid can be extended (lists may grow), not changed. " if kind == "tune" else ""
         raise UsageError(
             f"{directory} holds an experiment with other settings:\n" + "\n".join(differences) + "\n"
-            "A grid can be extended (lists may grow), not changed. Give another directory, or the same settings."
+            f"{extend}Give another directory, or the same settings."
         )
     return build(GridSpec, _explicit(merged))
 
 
 def _explicit(values: dict[str, Any]) -> dict[str, Any]:
     """Without an imbalance factor that means nothing, which a spec refuses."""
-    return {k: v for k, v in values.items() if k != "imbalance_factor" or set(values["skew_type"]) != {"none"}}
+    skewed = values.get("skew_type") != ["none"]
+    return {name: value for name, value in values.items() if name != "imbalance_factor" or skewed}
 
 
 def _show(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+    if isinstance(value, list):
+        return ", ".join(map(_show, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _foreign(directory: Path) -> Iterator[Path]:
     """What in a directory is not left over from an experiment that was being created."""
-    own = {"study.db", "study.db-wal", "study.db-shm", "locks", "running.lock"}
-    return (entry for entry in directory.iterdir() if entry.name not in own)
+    own = ("running.lock", ".experiment.yaml.")
+    return (entry for entry in directory.iterdir() if not entry.name.startswith(own))
 
 
 def _now() -> str:

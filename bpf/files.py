@@ -22,8 +22,8 @@ def explaining(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise RunError(
-                f"The disk is full: {path} could not be written. Nothing finished is lost; free some space and go on "
-                "with `bpf resume`."
+                f"The disk is full: {path} could not be written. Nothing finished is lost; free some space and give "
+                "the same command again."
             ) from error
         raise UsageError(f"{path} cannot be written: {error.strerror or error}. Choose another directory.") from error
 

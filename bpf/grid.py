@@ -105,10 +105,10 @@ def _axes(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[list[Axis
     for option, candidates in _option_values(rule, name, grid.options.get(name, {})).items():
         values[f"{name}.{option}"] = candidates
     sizes = {parameter: len(kept) for parameter, kept in values.items()}
-    left_out = [
-        LeftOut(name, count * math.prod(sizes.values()) // sizes[parameter], reason)
-        for parameter, count, reason in refused
-    ]
+    left_out = []
+    for parameter, count, reason in refused:
+        left_out.append(LeftOut(name, count * math.prod(sizes.values()) // sizes[parameter], reason))
+        sizes[parameter] += count  # so that a cell that is refused twice is counted once
     return [_axis(parameter, kept) for parameter, kept in values.items()], left_out
 
 
@@ -132,7 +132,7 @@ def _skews(grid: GridSpec) -> Iterator[str]:
         if skew == "none":
             yield skew
         else:
-            yield from (f"{skew}:{factor:g}" for factor in grid.imbalance_factor)
+            yield from (f"{skew}:{str(factor).removesuffix('.0')}" for factor in grid.imbalance_factor)
 
 
 def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Axis]) -> Iterator[Cell]:

@@ -93,9 +93,14 @@ class Layer:
         """
         if self.activation is not None:
             error = self.activation.backward(error, trace.output if trace.before is None else trace.before)
-        if trace.normal is not None:
-            error = self._normalise_backward(trace, error)
-        self.write_linear_gradient(error, trace.inputs)
+        if trace.normal is None:
+            self.write_linear_gradient(error, trace.inputs)
+            return error
+        error = self._normalise_backward(trace, error)
+        torch.bmm(error.mT, trace.inputs, out=self.weight_gradient)
+        if self.bias_gradient is not None:
+            # Batch norm takes the bias off: the sum would be rounding noise, which Adam blows up to whole steps.
+            self.bias_gradient.zero_()
         return error
 
     def write_linear_gradient(self, delta: Tensor, inputs: Tensor) -> None:

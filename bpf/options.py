@@ -1,12 +1,14 @@
 """Command-line options made from a spec's fields: one definition of every name, default and range."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from bpf.errors import UsageError
+from bpf.registry import ALGORITHMS, Registry
 from bpf.spec import TUNABLE, RunSpec, Settings, bounds, choices
 
 PANELS = {
@@ -64,7 +66,18 @@ def merge(spec_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
+def is_value(word: str) -> bool:
+    """Whether a word is more likely the value of an option than a directory: a number, a choice or a rule's name."""
+    return (
+        re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|true|false|yes|no", word, re.IGNORECASE) is not None
+        or any(word in choices(name) for name in RunSpec.model_fields)
+        or word in Registry(ALGORITHMS).names()
+    )
+
+
 def _merged_options(in_file: Any, assignments: list[str]) -> dict[str, dict[str, Any]]:
+    if not isinstance(in_file, dict) or not all(isinstance(values, dict) for values in in_file.values()):
+        raise UsageError(f"options: {in_file!r} is not accepted: give each rule its options, as RULE: {{NAME: VALUE}}.")
     options = {rule: dict(values) for rule, values in in_file.items()}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")

@@ -3,6 +3,7 @@
 import ast
 import importlib.machinery
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -137,7 +138,8 @@ def _find_class(module: str, name: str) -> ast.ClassDef | str:
         if path.suffix != ".py":
             return ""
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError) as error:
             return f"{path.name} cannot be read: {error}"
         for needed in _imported_roots(tree):
@@ -147,9 +149,7 @@ def _find_class(module: str, name: str) -> ast.ClassDef | str:
         if isinstance(binding, ast.ClassDef):
             return binding
         if not isinstance(binding, ast.ImportFrom):
-            # A star import, an assignment or a condition may define the name all the same.
-            certain = not _may_define(tree, name)
-            return f"{module} defines no class {name}" if certain else ""
+            return "" if _may_define(source, name) else f"{module} defines no class {name}"
         name = next(alias.name for alias in binding.names if name in (alias.asname, alias.name))
         module = _absolute(binding, module, path)
     return ""
@@ -165,17 +165,9 @@ def _binding(tree: ast.Module, name: str) -> ast.stmt | None:
     return None
 
 
-def _may_define(tree: ast.Module, name: str) -> bool:
-    """Whether a module mentions a dotted name's root in some other way, or imports everything from somewhere."""
-    root = name.partition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.ClassDef | ast.FunctionDef | ast.alias):
-            known = node.id if isinstance(node, ast.Name) else node.name
-            if known in (root, "*") or (isinstance(node, ast.alias) and node.asname == root):
-                return True
-        if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
-            return True
-    return False
+def _may_define(source: str, name: str) -> bool:
+    """Whether a module may bind a name in a way that cannot be followed: by assignment, a star import, a condition."""
+    return re.search(rf"\b{name.partition('.')[0]}\b|import \*|__getattr__", source) is not None
 
 
 def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
@@ -197,7 +189,7 @@ def _literals(node: ast.ClassDef) -> Iterable[tuple[str, Any]]:
         else:
             continue
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "frozenset":
-            value = value.args[0] if value.args else ast.Tuple([])
+            value = value.args[0] if value.args else ast.Tuple([], ast.Load())
         try:
             yield name, ast.literal_eval(value)
         except ValueError:
@@ -229,7 +221,7 @@ def _module_file(module: str) -> Path | None:
         return Path(spec.origin) if spec.origin else None
     for location in spec.submodule_search_locations or ():
         base = Path(location).joinpath(*rest)
-        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        for candidate in (base / "__init__.py", base.with_suffix(".py")):
             if candidate.is_file():
                 return candidate
         for candidate in base.parent.glob(f"{base.name}.*.so"):

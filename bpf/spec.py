@@ -148,6 +148,16 @@ class Settings(Frozen):
         description="A rule's own options as RULE.NAME=VALUE (see `bpf algorithms RULE`).",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, values: Any) -> Any:
+        """YAML reads `yes` as true, which pydantic would take for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            several = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(one, bool) for one in several) and name in cls.model_fields and bounds(cls, name):
+                raise ValueError(f"{name}: {value!r} is not accepted: it must be a number.")
+        return values
+
     @property
     def resolved_loss(self) -> LossName:
         if self.output_loss != "auto":
@@ -205,8 +215,9 @@ class RunSpec(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_factor(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("skew_type", "none") in ("long_tailed", "step"):
-            return {**values, "imbalance_factor": values.get("imbalance_factor") or DEFAULT_IMBALANCE_FACTOR}
+        skewed = isinstance(values, dict) and values.get("skew_type", "none") in ("long_tailed", "step")
+        if skewed and values.get("imbalance_factor") is None:
+            return {**values, "imbalance_factor": DEFAULT_IMBALANCE_FACTOR}
         return values
 
     @model_validator(mode="after")
@@ -343,7 +354,7 @@ def _explain(model: type[Settings], error: Any, naming: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"Unknown field {field!r}.{did_you_mean(field, model.model_fields)}"
     if error["type"] == "missing":
-        return f"{name} is missing: {model.model_fields[field].description or 'give the learning rule.'}"
+        return f"{name} is missing: {RunSpec.model_fields[field].description}"
     given = error["input"]
     if error["type"] == "literal_error":
         return f"{name}: {given!r} is not one of the choices.{did_you_mean(str(given), choices(field))}"

@@ -9,7 +9,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from bpf import checkpoint
 from bpf.data.cache import Data
 from bpf.errors import BpfError, RunError
 from bpf.experiment import Experiment
-from bpf.files import write_json
+from bpf.files import explaining, write_json
 from bpf.grid import execution
 from bpf.hardware import choose_device, cohort_cells, settle
 from bpf.plan import Claim, Owner, Row
@@ -97,7 +97,9 @@ class Worker:
         """
         settle(self.device)
         self.study.repair()
-        with Owner(self.study.locks) as owner:
+        with explaining(self.study.locks):
+            owner = Owner(self.study.locks)
+        with owner:
             while claim := self.study.claim(owner, self._cohort_size):
                 try:
                     self._train(claim)
@@ -170,13 +172,17 @@ class Worker:
             write_json(self.experiment.log(key), [asdict(record) for record in records])
             self.study.finish(claim, key, value, state, result)
             self.observer.ended(rows[key], state, value)
-        self.experiment.checkpoint(claim.cohort).unlink(missing_ok=True)
+        self._discard_checkpoint(claim)
 
     def _fail(self, claim: Claim, trace: str) -> None:
         for row in claim.rows:
             self.study.fail(claim, row.key, trace)
             self.observer.ended(row, "failed", None)
-        self.experiment.checkpoint(claim.cohort).unlink(missing_ok=True)
+        self._discard_checkpoint(claim)
+
+    def _discard_checkpoint(self, claim: Claim) -> None:
+        with suppress(OSError):  # of no more use, and no reason to fail
+            self.experiment.checkpoint(claim.cohort).unlink(missing_ok=True)
 
 
 def outcome(records: list[Record]) -> tuple[str, float | None, dict[str, Any]]:

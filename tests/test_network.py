@@ -242,6 +242,14 @@ def test_batch_norm_takes_a_batch_of_one():
     assert torch.allclose(network.buffers["variance.0"], torch.tensor(0.9))
 
 
+def test_biases_under_batch_norm_have_no_gradient_at_all():
+    """The sum that would be zero is rounding noise, which Adam with weight decay makes as large as its steps."""
+    network = batch_norm_network()
+    rule = LocalCrossEntropy(LocalCrossEntropy.Options(), Problem("classification", "sigmoid"))
+    rule.gradients(Step(network, torch.rand(2, 5, 6), torch.eye(3)[torch.randint(3, (2, 5))], cross_entropy))
+    assert [network.gradients[f"bias.{k}"].any().item() for k in range(3)] == [False, False, True]
+
+
 def test_selected_runs_have_tensors_of_their_own():
     network = batch_norm_network(runs=3)
     chosen = network.select(torch.tensor([2, 0]))

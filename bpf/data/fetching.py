@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bpf.data.base import DISK_ERRORS, Arrays, Dataset, disk_error
+from bpf.data.store import locked
 from bpf.errors import BpfError, UsageError
 
 _NETWORK_TIMEOUT = 30  # seconds without a byte; torchvision itself would wait for ever
@@ -69,12 +70,9 @@ class TorchvisionSet(Dataset):
 
     def _fetch(self) -> None:
         """Unpack or download into a staging directory, then move: a killed process leaves no half a set."""
-        from filelock import FileLock
-
         stage = self.data_dir / f".bpf-{self.torchvision_class}"
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{stage}.lock"):
+            with locked(self.data_dir / f"{stage.name}.lock"):
                 shutil.rmtree(stage, ignore_errors=True)  # of a killed process: the lock is ours
                 if not self._unpacked():  # another process may have done it while this one waited
                     self._fetch_into(stage)

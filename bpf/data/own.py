@@ -33,7 +33,10 @@ class _Own(Dataset):
         return f"{self.kind}:{self.source or 'PATH'}"
 
     def _missing(self) -> UsageError:
-        return UsageError(f"{self.label}: there is no such path. {self.instructions()}")
+        reason = "there is no such path"
+        if self.path.exists():
+            reason = "it is a file, not a directory" if self.path.is_file() else "it is not a file"
+        return UsageError(f"{self.label}: {reason}. {self.instructions()}")
 
 
 class Folder(_Own):

@@ -10,7 +10,8 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ def fetch(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arr
     try:
         arrays = _open(directory, fingerprint)
         if arrays is None:
-            directory.parent.mkdir(parents=True, exist_ok=True)
             arrays = _build(directory, fingerprint, build)
     except OSError as error:
         raise disk_error(error, "keep the data cache", directory.parent, _CURE) from error
@@ -50,11 +50,31 @@ def exists(directory: Path) -> bool:
     return (directory / "meta.json").is_file()
 
 
-def _build(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arrays:
+@contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """Hold a lock file, whose directory is made if need be. Where the work fails, neither stays behind."""
     from filelock import FileLock
 
+    new = [directory for directory in lock.parents if not directory.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock):
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):  # whoever waits for the lock notices, and makes another
+                    lock.unlink()
+                raise
+    except BaseException:
+        for directory in new:
+            with suppress(OSError):  # somebody else uses it
+                directory.rmdir()
+        raise
+
+
+def _build(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arrays:
     root, family = directory.parent, directory.name.rpartition("-")[0]
-    with FileLock(root / f"{family}.lock"):
+    with locked(root / f"{family}.lock"):
         arrays = _open(directory, fingerprint)  # another process may have built it while this one waited
         if arrays is not None:
             return arrays

@@ -37,7 +37,10 @@ class Pepita(Algorithm):
         """Of the modulation."""
 
         feedback_scale: float = Field(
-            0.05, gt=0, le=10, description="Scale of the matrix that adds the error to the input, times U(±√(6/inputs))."
+            0.05,
+            gt=0,
+            le=10,
+            description="Scale of the matrix that adds the error to the input, times U(±√(6/inputs)).",
         )
 
     options: Options

@@ -1,0 +1,413 @@
+"""The contract that every learning rule keeps, as a suite of tests for its author.
+
+In a test module of the plugin, which must be installed:
+
+    from bpf.testing import AlgorithmContract
+
+    class TestMyRule(AlgorithmContract):
+        name = "my-rule"
+
+pytest then runs every check below. All of them train small stacked networks in double precision on the CPU, in
+seconds.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpf.activations import ACTIVATIONS
+from bpf.algorithms import Algorithm, Layer, Network, Options, Problem, Step
+from bpf.data.cache import load
+from bpf.losses import output_loss, squash_for
+from bpf.network import Structure
+from bpf.randomness import generator
+from bpf.registry import ALGORITHMS, Registry
+from bpf.spec import TUNABLE, RunSpec, choices
+from bpf.training import Cohort
+
+INPUTS, WIDTHS, CLASSES, BATCH = 5, (6, 4, 7), 3, 8
+RUNS = ((3, "ortho"), (4, "lecun"), (5, "frenkel"))
+GUESSING = 0.8
+"""Wrong digits, as a fraction, that a rule must stay below; guessing gives 0.9."""
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of network and task; its text names it in a failure."""
+
+    problem_type: str
+    activation: str = "tanh"
+    batch_norm: bool = False
+    use_bias: bool = True
+    loss: str = "auto"
+    batch: int = BATCH
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A rule, prepared networks for it, and one batch of data; everything is determined by `case` and `runs`."""
+
+    case: Case
+    rule: Algorithm
+    network: Network
+    inputs: Tensor
+    target: Tensor
+
+    @classmethod
+    def make(cls, kind: type[Algorithm], options: Mapping[str, Any], case: Case, runs: Any = RUNS) -> "Bench":
+        classifies = case.problem_type == "classification"
+        squash = squash_for(case.problem_type, "standard")
+        rule = kind(kind.Options.model_validate(dict(options)), Problem(case.problem_type, squash))
+        targets = CLASSES if classifies else INPUTS
+        structure = Structure(INPUTS, WIDTHS, targets, case.activation, case.batch_norm, case.use_bias, "torch")
+        seeds, inits = zip(*runs, strict=True)
+        network = Network.build(structure, seeds, inits if kind.has_feedback else None, torch.float64)
+        rule.prepare(network, list(runs))
+        generators = [generator(seed, "contract") for seed in seeds]
+        shape = case.batch, INPUTS
+        inputs = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) * 2 - 1 for g in generators])
+        labels = torch.stack([torch.randint(CLASSES, (case.batch,), generator=g) for g in generators])
+        target = torch.eye(CLASSES, dtype=torch.float64)[labels] if classifies else inputs
+        return cls(case, rule, network, inputs, target)
+
+    def step(self) -> Step:
+        spec = RunSpec.model_construct(problem_type=self.case.problem_type, output_loss=self.case.loss)
+        loss = output_loss(spec.resolved_loss, self.rule.problem.squash)
+        step = Step(self.network, self.inputs, self.target, loss)
+        step.draw_mask = self.mask if self.case.dropout else step.draw_mask
+        return step
+
+    def mask(self, batch: int, units: int) -> Tensor:
+        """Every third unit dropped, shifted from example to example; an example that is repeated has the same mask."""
+        kept = torch.arange(batch)[:, None] % self.case.batch + torch.arange(units) + units
+        return (kept % 3 > 0).to(torch.float64).mul(1.5).repeat(len(self.inputs), 1, 1)
+
+    def run(self) -> Step:
+        """One step onto gradients that were not a number before."""
+        step = self.step()
+        for gradient in self.network.gradients.values():
+            gradient.fill_(torch.nan)
+        with torch.no_grad():
+            self.rule.gradients(step)
+        return step
+
+    def gradients(self) -> Tensors:
+        self.run()
+        return {name: gradient.clone() for name, gradient in self.network.gradients.items()}
+
+    def clean_pass(self) -> tuple[Tensor, Tensors]:
+        """Logits of a training forward pass done here, and the buffers that it leaves behind."""
+        copy = self.network.shadow()
+        h = self.inputs
+        for layer in copy.hidden:
+            mask = self.mask(self.case.batch, layer.units) if self.case.dropout else None
+            h = layer.forward(h, mask).passed_on
+        return copy.output.forward(h).output, copy.buffers
+
+
+class AlgorithmContract:
+    """The checks; subclass it as a pytest class with the rule's `name`.
+
+    `options` are given to the rule, in place of their defaults. `frozen` says that the rule leaves hidden layers
+    as they are: their gradients must then be zero, where otherwise none may be.
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Any]] = {}
+    frozen: ClassVar[bool] = False
+
+    def rule(self) -> type[Algorithm]:
+        """The class behind the entry point; a test of a class that is not installed overrides it."""
+        kind = Registry(ALGORITHMS).load(self.name)
+        assert isinstance(kind, type), f"{kind} is not a class"
+        assert issubclass(kind, Algorithm), f"{kind} is not a bpf.algorithms.Algorithm"
+        return kind
+
+    def test_is_listed_without_being_imported(self) -> None:
+        plugin, kind = Registry(ALGORITHMS).describe(self.name), self.rule()
+        assert not plugin.problem, f"`bpf algorithms` shows it as broken: {plugin.problem}"
+        summary = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+        assert plugin.summary == summary, f"listed as {plugin.summary!r}, but its docstring begins {summary!r}"
+        assert set(plugin.attribute("problem_types", ())) == kind.problem_types, (
+            "write problem_types as a literal frozenset in the class itself: listings read the source"
+        )
+
+    def test_declares_what_it_is(self) -> None:
+        kind = self.rule()
+        assert (kind.__dict__.get("__doc__") or "").partition("\n")[0].strip(), (
+            "the docstring's first line is what listings show: it must not be empty or inherited"
+        )
+        for attribute in ("equation", "reference"):
+            text = getattr(kind, attribute)
+            assert len(str(text).splitlines()) == 1, f"{attribute} must be one line of text"
+        for attribute in ("needs_bounded_activation", "has_feedback", "layerwise"):
+            assert isinstance(getattr(kind, attribute), bool), f"{attribute} must be True or False"
+        known = set(choices("problem_type"))
+        assert set() < kind.problem_types <= known, f"problem_types must be some of {sorted(known)}"
+        unknown = set(kind.unused_parameters) - set(TUNABLE)
+        assert not unknown, f"unused_parameters names {sorted(unknown)}, which the grid has not"
+
+    def test_options_can_be_shown_and_searched(self) -> None:
+        model = self.rule().Options
+        assert issubclass(model, Options), "derive Options from bpf.algorithms.Options, which is frozen"
+        assert model.model_config.get("frozen"), "Options must stay frozen"
+        for name, field in model.model_fields.items():
+            assert field.description, f"option {name} has no description; it is the help text"
+            assert not field.is_required(), f"option {name} has no default"
+            assert isinstance(field.default, bool | int | float | str), f"option {name} must be a number or a word"
+        with _explained("the defaults must be accepted themselves"):
+            model.model_validate(model().model_dump(mode="json"))
+
+    def test_every_gradient_is_written_and_finite(self) -> None:
+        for case in self._all_cases():
+            bench = self._bench(case)
+            before = dict(bench.network.gradients)
+            bench.run()
+            for name, gradient in before.items():
+                assert bench.network.gradients[name] is gradient, (
+                    f"{case}: write into gradients[{name!r}], do not replace it: the optimizer holds that tensor"
+                )
+                assert gradient.shape == bench.network.parameters[name].shape, f"{case}: {name} was resized"
+                assert gradient.isfinite().all(), f"{case}: the gradient of {name} is not written, or not finite"
+
+    def test_hidden_layers_learn(self) -> None:
+        for case in self._all_cases():
+            for name, gradient in self._bench(case).gradients().items():
+                kind, _, layer = name.partition(".")
+                moves = gradient.flatten(1).abs().sum(1) > 0
+                if int(layer) == len(WIDTHS) or case.batch == 1:
+                    continue
+                if self.frozen:
+                    assert not moves.any(), f"{case}: {name} has a gradient, though the contract says frozen"
+                elif kind == "weight":
+                    assert moves.all(), f"{case}: the gradient of {name} is zero"
+
+    def test_reports_the_forward_pass(self) -> None:
+        for case in self._all_cases():
+            bench = self._bench(case)
+            logits, _ = bench.clean_pass()
+            step = bench.run()
+            assert hasattr(step, "logits"), "step.logits is not set; step.train_output or step.output_error sets it"
+            assert _close(step.logits, logits), (
+                f"{case}: step.logits are not those of a forward pass of the inputs (by step.forward, for dropout)"
+            )
+            loss = step.loss(logits, bench.target)[0]
+            assert _close(step.loss_per_example, loss), f"{case}: step.loss_per_example is not the loss of step.logits"
+
+    def test_gradients_are_of_the_batch_mean(self) -> None:
+        """A batch with every example twice has the same mean gradient, with batch norm too."""
+        for case in self._structures():
+            bench = self._bench(case)
+            twice = replace(bench, inputs=bench.inputs.repeat(1, 2, 1), target=bench.target.repeat(1, 2, 1))
+            _same(bench.gradients(), twice.gradients(), f"{case}: not a gradient of the batch mean (a sum?)")
+
+    def test_a_cohort_is_its_runs(self) -> None:
+        for case in self._structures():
+            together = self._bench(case).gradients()
+            for i, run in enumerate(RUNS):
+                alone = Bench.make(self.rule(), self.options, case, [run]).gradients()
+                part = {name: gradient[i : i + 1] for name, gradient in together.items()}
+                _same(part, alone, f"{case}: a run's numbers depend on what it is stacked with")
+
+    def test_runs_can_leave(self) -> None:
+        for case in self._structures():
+            bench, index = self._bench(case), torch.tensor([2, 0])
+            inputs, target = bench.inputs[index], bench.target[index]
+            fewer = replace(bench, network=bench.network.select(index), inputs=inputs, target=target)
+            part = {name: gradient[index] for name, gradient in bench.gradients().items()}
+            with _explained(f"{case}: keep per-run tensors in network.buffers, not in the rule"):
+                _same(part, fewer.gradients(), f"{case}: numbers change when a run leaves")
+
+    def test_has_no_memory(self) -> None:
+        """Trackers ask the same rule for gradients of other batches, in between."""
+        for case in self._structures():
+            bench = self._bench(case)
+            first = bench.gradients()
+            replace(bench, inputs=bench.inputs[:, :3] + 0.1, target=bench.target[:, :3]).run()
+            _same(first, bench.gradients(), f"{case}: gradients depend on batches seen before")
+
+    def test_randomness_comes_from_the_seed(self) -> None:
+        for case in self._structures():
+            results = []
+            for seed in (1, 2):
+                with _global_generators(seed) as state:
+                    before = state()
+                    results.append(self._bench(case).gradients())
+                    assert state() == before, f"{case}: the rule uses a global random generator; use random_feedback"
+            assert all(torch.equal(results[0][name], results[1][name]) for name in results[0]), (
+                f"{case}: equal seeds give unequal numbers"
+            )
+
+    def test_changes_gradients_only(self) -> None:
+        for case in self._structures():
+            bench = self._bench(case)
+            _, expected = bench.clean_pass()
+            named = {**bench.network.parameters, "inputs": bench.inputs, "target": bench.target}
+            before = {name: tensor.clone() for name, tensor in named.items()}
+            expected = {name: tensor.clone() for name, tensor in expected.items()}
+            bench.run()
+            for name, tensor in named.items():
+                assert torch.equal(tensor, before[name]), f"{case}: the rule changes {name}"
+            for name, tensor in bench.network.buffers.items():
+                why = "has not the running statistics of one forward pass" if name in _running(bench) else "changes"
+                assert _close(tensor, expected[name]), f"{case}: buffer {name} {why}"
+
+    def test_feedback_initialisation_means_what_is_declared(self) -> None:
+        used = "bw_init" not in self.rule().unused_parameters
+        for problem_type in sorted(self.rule().problem_types):
+            case = Case(problem_type)
+            results = [
+                Bench.make(self.rule(), self.options, case, [(3, init)]).gradients()["weight.0"]
+                for init in ("ortho", "lecun")
+            ]
+            differs = not torch.equal(*results)
+            assert differs == used, (
+                "bw_init makes no difference: name it in unused_parameters, or the grid trains everything twice"
+                if used
+                else "bw_init makes a difference, but is in unused_parameters"
+            )
+
+    def test_layerwise_rules_are_local(self) -> None:
+        """Weights of later layers do not matter, and `learned` comes in order, when the gradient stands."""
+        if not self.rule().layerwise:
+            return
+        for case in self._structures():
+            bench = self._bench(case)
+            step, learned = bench.step(), dict[int, Tensor]()
+
+            def note(layer: Layer, learned: dict[int, Tensor] = learned) -> None:
+                learned[layer.index] = layer.weight_gradient.clone()
+
+            step.learned = note
+            bench.rule.gradients(step)
+            assert list(learned) == list(range(len(WIDTHS))), f"{case}: step.learned is called for {list(learned)}"
+            for k, gradient in learned.items():
+                assert torch.equal(gradient, bench.network.gradients[f"weight.{k}"]), (
+                    f"{case}: the gradient of layer {k} changes after step.learned"
+                )
+            for k in reversed(learned):
+                for later in bench.network.layers[k + 1 :]:
+                    later.weight.mul_(-2)
+                assert torch.equal(learned[k], bench.gradients()[f"weight.{k}"]), (
+                    f"{case}: layer {k} depends on later layers, so the rule is not layerwise"
+                )
+
+    def test_layerwise_updates_give_the_same_numbers(self) -> None:
+        if not self.rule().layerwise:
+            return
+        for problem_type in sorted(self.rule().problem_types):
+            ends = []
+            for layerwise in (False, True):
+                cohort = self._cohort(problem_type, epochs=1, dtype=torch.float64, layerwise=layerwise)
+                cohort.run_epoch()
+                ends.append(cohort.records[0].history["loss"])
+            assert ends[0] == ends[1], f"{problem_type}: {ends[1]} with updates during the forward pass, else {ends[0]}"
+
+    def test_trains_on_digits(self) -> None:
+        for problem_type in sorted(self.rule().problem_types):
+            cohort = self._cohort(problem_type, epochs=10)
+            while not cohort.done:
+                cohort.run_epoch()
+            record = cohort.records[0]
+            assert record.status == "complete", f"{problem_type}: the run {record.status}"
+            losses = record.history["loss"]
+            assert losses[-1] < losses[0], f"{problem_type}: the loss does not fall: {losses}"
+            if problem_type == "classification":
+                assert record.test is not None
+                error = record.test["error"] or 0.0
+                assert error < GUESSING, f"the test error is {error}, about that of guessing"
+
+    def _bench(self, case: Case) -> Bench:
+        return Bench.make(self.rule(), self.options, case)
+
+    def _structures(self) -> Iterator[Case]:
+        for problem_type in sorted(self.rule().problem_types):
+            for batch_norm in (False, True):
+                yield Case(problem_type, batch_norm=batch_norm)
+                yield Case(problem_type, "gelu", batch_norm=batch_norm, use_bias=False, dropout=True)
+
+    def _all_cases(self) -> Iterator[Case]:
+        for problem_type in sorted(self.rule().problem_types):
+            for activation in ACTIVATIONS:
+                for batch_norm in (False, True):
+                    for use_bias in (False, True):
+                        yield Case(problem_type, activation, batch_norm, use_bias)
+            losses = ("ce", "bce", "mse") if problem_type == "classification" else ("mse",)
+            yield from (Case(problem_type, loss=loss, dropout=True) for loss in losses)
+            yield from (Case(problem_type, batch_norm=batch_norm, batch=1) for batch_norm in (False, True))
+
+    def _cohort(
+        self, problem_type: str, epochs: int, dtype: torch.dtype = torch.float32, layerwise: bool = False
+    ) -> Cohort:
+        name = self.name or "rule"
+        spec = RunSpec.model_validate(
+            {
+                "dataset": "digits",
+                "algorithm": name,
+                "problem_type": problem_type,
+                "arch": "100-100",
+                "epochs": epochs,
+                "lr": 0.003,
+                "batch_size": 32,
+                "examples_frac": 1,
+                "options": {name: dict(self.options)},
+            }
+        )
+        data = load(spec.dataset, Path())
+        return Cohort([spec], self.rule(), data, dtype=dtype, layerwise=layerwise)
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-7, atol=1e-10)
+
+
+def _same(actual: Tensors, expected: Tensors, what: str) -> None:
+    for name, tensor in expected.items():
+        assert _close(actual[name], tensor), f"{what}: {name} differs"
+
+
+def _running(bench: Bench) -> set[str]:
+    """Names of the buffers that a forward pass changes."""
+    return set(bench.network.state()) - set(bench.network.parameters)
+
+
+@contextmanager
+def _explained(advice: str) -> Iterator[None]:
+    """Turn what a rule raises into a failure that says what to do."""
+    try:
+        yield
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise AssertionError(f"{advice} ({error})") from error
+
+
+@contextmanager
+def _global_generators(seed: int) -> Iterator[Any]:
+    """Seed the global generators of torch, NumPy and Python, and put them back afterwards.
+
+    Gives a function that returns their state.
+    """
+
+    def state() -> tuple[bytes, ...]:
+        numpy_state = np.random.get_state(legacy=False)
+        return bytes(torch.get_rng_state().tolist()), repr(numpy_state).encode(), repr(random.getstate()).encode()
+
+    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield state
+    finally:
+        torch.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+        random.setstate(kept[2])

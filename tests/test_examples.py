@@ -1,0 +1,132 @@
+"""The README's commands and the spec files in `examples/` do what they say, on small data."""
+
+import gzip
+import pickle
+import re
+import shlex
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bpf import api, cli
+from bpf.experiment import open_experiment
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").iterdir())
+COMMANDS = re.findall(r"^\$ (bpf [^#\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+SMALL = {"--epochs": "1", "--arch": "6", "--lr": "0.001", "--executions-per-trial": "1", "--examples-frac": "1"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST, Fashion-MNIST and CIFAR-10 in their original formats, with few images."""
+    directory = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("MNIST", "FashionMNIST"):
+        raw = directory / name / "raw"
+        raw.mkdir(parents=True)
+        for part, count in (("train", 60), ("t10k", 20)):
+            images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+            labels = np.arange(count, dtype=np.uint8) % 10
+            pixels = struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes()
+            (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(pixels))
+            (raw / f"{part}-labels-idx1-ubyte.gz").write_bytes(
+                gzip.compress(struct.pack(">II", 2049, count) + labels.tobytes())
+            )
+    batches = directory / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        images = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        (batches / name).write_bytes(pickle.dumps({"data": images, "labels": [i % 10 for i in range(20)]}))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _place(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BPF_DATA_DIR", str(data_dir))
+    # The small files cannot have the checksums of the real ones.
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+
+
+def run(arguments: Sequence[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    assert end.value.code == 0
+
+
+def shortened(arguments: Sequence[str], spec: dict[str, Any] | None = None) -> list[str]:
+    """The same command with a small grid; what a command or spec fixes stays, but for its size."""
+    given = {argument for argument in arguments if argument.startswith("--")}
+    options = [word for name, value in SMALL.items() if name not in given for word in (name, value)]
+    return [*arguments, *options, "--quiet"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] == "tune"])
+def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
+    arguments = shlex.split(command)[1:]
+    if "--dry-run" in arguments:
+        run(arguments)
+        assert not (tmp_path / "runs").exists()
+        return
+    run(shortened(arguments))
+    [directory] = (tmp_path / "runs").iterdir()
+    rows = api.rows(open_experiment(directory))
+    assert {row.state for row in rows} <= {"complete", "diverged"}
+    fixed = dict(zip(arguments, arguments[1:], strict=False))
+    assert {row.spec["problem_type"] for row in rows} == {fixed.get("--problem-type", "classification")}
+    assert {row.rule for row in rows} == set(fixed["--algorithm"].split(","))
+
+
+def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [shlex.split(c)[1:] for c in COMMANDS if c.split()[1] not in ("tune", "resume")]
+    assert {arguments[0] for arguments in others} == {"status", "best", "train", "algorithms", "datasets"}
+    others.sort(key=lambda arguments: arguments[0] != "train")  # status and best need an experiment
+    for arguments in others:
+        run(arguments)
+        assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(example: Path, tmp_path: Path) -> None:
+    arguments = ["tune", str(tmp_path / "grid"), "--spec", str(example)]
+    if example.name == "own-images.toml":
+        arguments += ["--dataset", f"folder:{own_images(tmp_path / 'images')}"]
+    run(shortened(arguments))
+    rows = api.rows(open_experiment(tmp_path / "grid"))
+    assert rows
+    assert {row.state for row in rows} <= {"complete", "diverged"}
+
+
+def test_the_readmes_rule_is_a_rule() -> None:
+    from bpf.algorithms import ProjectionRule
+
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) == 5
+    names: dict[str, Any] = {"ProjectionRule": ProjectionRule}
+    exec(code, names)
+    import torch
+
+    error, target = torch.tensor([[[0.5, -2.0], [0.0, 1.0]]]), torch.zeros(1, 2, 2)
+    signal = names["SignDFA"](None, None).teaching_signal(None, target, error)
+    assert torch.equal(signal, torch.tensor([[[0.5, -0.5], [0.0, 0.5]]]))
+
+
+def own_images(directory: Path) -> Path:
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 6), ("test", 2)):
+        for kind in ("cat", "dog"):
+            (directory / part / kind).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(directory / part / kind / f"{i}.jpg")
+    return directory

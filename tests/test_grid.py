@@ -1,0 +1,330 @@
+"""From a grid spec to its cells: counts, what is left out and why, keys, structures, and rule options."""
+
+import itertools
+import math
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from bpf.algorithms import Algorithm, Options
+from bpf.algorithms.bp import Backpropagation
+from bpf.algorithms.dfa import DirectFeedbackAlignment
+from bpf.algorithms.drtp import DirectRandomTargetProjection
+from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
+from bpf.errors import UsageError
+from bpf.grid import LeftOut, as_grid, check_run, execution, expand
+from bpf.spec import GridSpec, RunSpec, build, digest
+
+RULES = {
+    "bp": Backpropagation,
+    "dfa": DirectFeedbackAlignment,
+    "drtp": DirectRandomTargetProjection,
+    "ll-cce": LocalCrossEntropy,
+    "ll-mse": LocalSquaredError,
+}
+PER_RUN = {"lr", "bw_init", "dropout", "weight_decay", "seed"}
+
+
+class Fake(Algorithm):
+    """A rule with options of every kind."""
+
+    class Options(Options):
+        """Its options."""
+
+        scale: float = Field(0.05, gt=0)
+        steps: int = Field(1, ge=1)
+        centred: bool = False
+        kind: Literal["plain", "sign"] = "plain"
+
+
+class Picky(Algorithm):
+    """A rule that can neither be aligned nor take an activation that is not bounded."""
+
+    needs_bounded_activation = True
+    has_feedback = False
+
+
+def plan(algorithm, rules=RULES, **values):
+    return expand(build(GridSpec, {"dataset": "digits", "algorithm": algorithm, **values}), rules)
+
+
+def refusal(call, *arguments, **values):
+    with pytest.raises(UsageError) as caught:
+        call(*arguments, **values)
+    return str(caught.value)
+
+
+def run_of(cell):
+    return RunSpec.model_validate(cell.spec)
+
+
+def sizes(grid, rule):
+    return {axis.name: len(axis.values) for axis in grid.axes[rule] if len(axis.values) > 1}
+
+
+def test_the_default_grid_is_the_cartesian_product_of_what_means_something():
+    grid = plan("bp,dfa,drtp,ll-cce,ll-mse")
+    without_init = {"arch": 6, "activation": 4, "batch_norm": 2, "lr": 4}
+    full = without_init | {"bw_init": 2}
+    assert sizes(grid, "bp") == without_init
+    assert sizes(grid, "drtp") == {name: size for name, size in full.items() if name != "activation"}
+    for rule in ("dfa", "ll-cce", "ll-mse"):
+        assert sizes(grid, rule) == full
+    counts = {rule: sum(cell.rule == rule for cell in grid.cells) for rule in RULES}
+    assert counts == {"bp": 192, "dfa": 384, "drtp": 96, "ll-cce": 384, "ll-mse": 384}
+    assert "bw_init" not in {axis.name for axis in grid.axes["bp"]}
+    assert grid.left_out == [
+        LeftOut(
+            "drtp",
+            288,
+            "activation relu, swish, lrelu: drtp diverges unless the activation is bounded "
+            "(--allow-unstable to include them)",
+        )
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_point_is_there_once(rule):
+    lists = {"arch": ["8", "8-8"], "activation": ["tanh", "sigmoid"], "lr": [0.1, 0.01], "optimizer": ["adam", "sgd"]}
+    lists |= {"batch_norm": [False, True], "bw_init": ["ortho", "lecun"], "batch_size": [16, 64]}
+    lists |= {"weight_decay": [0.0, 0.1], "dropout": [0.0, 0.3], "init": ["torch", "zeros"]}
+    grid = plan(rule, objective="val_loss", **lists)
+    meant = {name: values for name, values in lists.items() if not (rule == "bp" and name == "bw_init")}
+    runs = [run_of(cell) for cell in grid.cells]
+    points = [tuple(getattr(run, name) for name in meant) for run in runs]
+    assert sorted(points) == sorted(itertools.product(*meant.values()))
+    assert len({cell.key for cell in grid.cells}) == len(points)
+    for cell, point in zip(grid.cells, points, strict=True):
+        assert cell.params == dict(zip(meant, point, strict=True)) | {"skew": "none"}
+        assert set(cell.params) == {axis.name for axis in grid.axes[rule]}
+        assert cell.spec["algorithm"] == cell.rule == rule
+        assert cell.spec["objective"] == "val_loss"
+
+
+def test_unstable_cells_can_be_asked_for():
+    grid = plan("drtp", allow_unstable=True)
+    assert len(grid.cells) == 384
+    assert grid.left_out == []
+    assert {cell.params["activation"] for cell in grid.cells} == {"tanh", "relu", "swish", "lrelu"}
+    stable = {cell.key for cell in plan("drtp").cells}
+    assert stable < {cell.key for cell in grid.cells}
+
+
+def test_a_rule_with_no_cell_left_is_refused():
+    assert refusal(plan, "dfa,drtp", activation="relu,gelu") == (
+        "Nothing is left of the grid of drtp: algorithm drtp with activation relu: drtp diverges with an activation "
+        "that is not bounded. Use activation sigmoid or tanh, or --allow-unstable to try it all the same."
+    )
+    assert refusal(plan, "bp", init="aligned") == (
+        "Nothing is left of the grid of bp: algorithm bp with init aligned: bp has no feedback matrices to align "
+        "with. Use init orthogonal, torch or zeros."
+    )
+
+
+def test_aligned_weights_are_left_out_for_rules_without_feedback():
+    grid = plan("bp,dfa", init="torch,aligned", arch="8", lr=0.1)
+    assert [sum(cell.rule == rule for cell in grid.cells) for rule in ("bp", "dfa")] == [8, 32]
+    assert grid.left_out == [LeftOut("bp", 8, "init aligned: bp has no feedback matrices to align with")]
+
+
+def test_kept_and_left_out_cells_are_the_whole_product():
+    grid = plan("picky", {"picky": Picky}, init="torch,aligned", activation="tanh,sigmoid,relu", arch="8", lr=0.1)
+    assert len(grid.cells) == 2 * 2 * 2
+    assert len(grid.left_out) == 2
+    assert len(grid.cells) + sum(left.cells for left in grid.left_out) == 3 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("rule", ["ll-cce", "drtp"])
+def test_rules_that_cannot_reconstruct(rule):
+    message = (
+        f"algorithm {rule} with problem_type reconstruction: {rule} only does classification. "
+        "Use problem_type classification, or another rule (see `bpf algorithms`)."
+    )
+    assert refusal(plan, f"bp,{rule}", problem_type="reconstruction") == message
+    run = RunSpec(dataset="digits", algorithm=rule, problem_type="reconstruction")
+    assert refusal(check_run, run, RULES[rule]) == message
+    assert len(plan("bp,dfa,ll-mse", problem_type="reconstruction").cells) == 192 + 384 + 384
+
+
+def test_single_runs_are_checked_in_the_same_way():
+    unstable = RunSpec(dataset="digits", algorithm="drtp", activation="relu")
+    assert refusal(check_run, unstable, RULES["drtp"]) == (
+        "algorithm drtp with activation relu: drtp diverges with an activation that is not bounded. "
+        "Use activation sigmoid or tanh, or --allow-unstable to try it all the same."
+    )
+    check_run(unstable.model_copy(update={"allow_unstable": True}), RULES["drtp"])
+    check_run(unstable.model_copy(update={"activation": "sigmoid"}), RULES["drtp"])
+    aligned = RunSpec(dataset="digits", algorithm="bp", init="aligned")
+    assert refusal(check_run, aligned, RULES["bp"]).startswith("algorithm bp with init aligned: ")
+    wrong = RunSpec(dataset="digits", algorithm="dfa", options={"dfa": {"scale": 1}})
+    assert refusal(check_run, wrong, RULES["dfa"]) == "Unknown option dfa.scale. dfa has no options."
+
+
+def test_too_many_cells():
+    rates = [i / 1000 for i in range(1, 1001)]
+    decays = [i / 10000 for i in range(1000)]
+    assert refusal(plan, "bp", lr=rates, weight_decay=decays) == (
+        "The grid has more than 1,000,000 cells; fix some parameters or shorten lists."
+    )
+
+
+def test_keys_do_not_depend_on_where_and_how_a_run_is_watched():
+    def keys(**changes):
+        return [cell.key for cell in plan("bp,dfa", arch="8", **changes).cells]
+
+    plain = keys()
+    assert len(set(plain)) == len(plain) == 32 + 64
+    same = [{"device": "cpu"}, {"trackers": "gradients"}, {"executions_per_trial": 7}, {"allow_unstable": True}]
+    for change in [*same, {"output_loss": "ce"}, {"momentum": 0.1}]:
+        assert keys(**change) == plain, change
+    for change in [{"epochs": 2}, {"seed": 1}, {"output_loss": "bce"}, {"dataset": "mnist"}, {"val_frac": 0.2}]:
+        assert not set(keys(**change)) & set(plain), change
+    bp = [cell.key for cell in plan("bp", arch="8").cells]
+    assert plain[:32] == bp
+    assert keys(bw_init="lecun")[:32] == bp, "bp has no feedback matrices, so their initialisation is not its key"
+    assert set(keys(lr="0.5,0.1,0.01,0.001,0.0001")) > set(plain), "a grid can grow"
+
+
+def test_a_key_is_stable_across_versions():
+    """Keys name checkpoints and plans on disk: when this fails, old experiments can no longer be resumed."""
+    (cell,) = plan("dfa", arch="8", activation="tanh", batch_norm=False, bw_init="ortho", lr=0.1).cells
+    run = run_of(cell)
+    identity = {name: getattr(run, name) for name in RunSpec.model_fields}
+    for name in ("device", "trackers", "allow_unstable", "momentum"):
+        del identity[name]
+    assert cell.key == digest(identity | {"output_loss": "ce", "options": {}})
+
+
+def test_structures_are_equal_exactly_where_runs_may_be_stacked():
+    lists = {"arch": "8,8-8", "activation": "tanh,sigmoid", "lr": "0.1,0.01", "optimizer": "adam,sgd"}
+    lists |= {"bw_init": "ortho,lecun", "batch_size": "16,64", "weight_decay": "0,0.1", "dropout": "0,0.3"}
+    lists |= {"batch_norm": "false,true", "init": "torch,zeros", "skew_type": "none,step", "imbalance_factor": "5,10"}
+    rules = {"bp": Backpropagation, "fake": Fake}
+    grid = plan("bp,fake", rules, objective="val_loss", options={"fake": {"steps": "1,2"}}, **lists)
+    shared = {}
+    for cell in grid.cells:
+        rest = {n: v for n, v in cell.params.items() if n not in PER_RUN}
+        shared.setdefault((cell.rule, *sorted(rest.items(), key=repr)), set()).add(cell.structure)
+    assert all(len(structures) == 1 for structures in shared.values())
+    assert len(set.union(*shared.values())) == len(shared) == 2**6 * 3 * (1 + 2)
+    other = plan("bp", arch="8", seed=5).cells[0], plan("bp", arch="8").cells[0]
+    assert other[0].structure == other[1].structure
+    assert other[0].key != other[1].key
+
+
+def test_skew_and_factor_are_one_axis():
+    grid = plan("bp", arch="8", lr=0.1, activation="tanh", batch_norm=False, skew_type="all", imbalance_factor="10,50")
+    assert [cell.params["skew"] for cell in grid.cells] == [
+        *("none", "long_tailed:10", "long_tailed:50", "step:10", "step:50")
+    ]
+    found = [(cell.spec["skew_type"], cell.spec["imbalance_factor"]) for cell in grid.cells]
+    assert found == [("none", None), *itertools.product(["long_tailed", "step"], [10, 50])]
+    assert len({cell.key for cell in grid.cells}) == 5
+
+
+@pytest.mark.parametrize("factor", [2.5, 12.3456789, 1234.5678, 10000, 1.0])
+def test_no_digit_of_a_factor_is_lost(factor):
+    (cell,) = plan(
+        "bp", arch="8", lr=0.1, activation="tanh", batch_norm=False, skew_type="step", imbalance_factor=factor
+    ).cells
+    assert cell.spec["imbalance_factor"] == factor
+
+
+def test_options_are_axes_with_validated_values():
+    rules = {"fake": Fake, "bp": Backpropagation}
+    options = {"fake": {"scale": "0.1,1e-1,0.2", "centred": ["true", False], "kind": "sign"}}
+    grid = plan(
+        "fake,bp", rules, arch="8", lr=0.1, activation="tanh", batch_norm=False, bw_init="ortho", options=options
+    )
+    axes = {axis.name: list(axis.values) for axis in grid.axes["fake"] if axis.name.startswith("fake.")}
+    expected = {"fake.scale": [0.1, 0.2], "fake.steps": [1], "fake.centred": [True, False], "fake.kind": ["sign"]}
+    assert axes == expected
+    assert not any("fake" in axis.name for axis in grid.axes["bp"])
+    cells = [cell for cell in grid.cells if cell.rule == "fake"]
+    assert [(c.spec["options"]["fake"]["scale"], c.spec["options"]["fake"]["centred"]) for c in cells] == list(
+        itertools.product([0.1, 0.2], [True, False])
+    )
+    assert [cell.spec["options"] for cell in grid.cells if cell.rule == "bp"] == [{}]
+    assert Fake.Options.model_validate(run_of(cells[0]).rule_options()) == Fake.Options(
+        scale=0.1, centred=True, kind="sign"
+    )
+
+
+def test_a_default_that_is_given_is_the_same_cell():
+    one = plan("fake", {"fake": Fake}, arch="8", lr=0.1)
+    other = plan("fake", {"fake": Fake}, arch="8", lr=0.1, options={"fake": {"scale": "0.05", "steps": 1}})
+    assert [cell.key for cell in one.cells] == [cell.key for cell in other.cells]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fake": {"scael": 1}}, "Unknown option fake.scael. Did you mean 'scale'?"),
+        ({"fake": {"scale": "0.1,-1"}}, "fake.scale: '-1' is not accepted: it must be greater than 0."),
+        ({"fake": {"kind": "sine"}}, "fake.kind: 'sine' is not accepted: it must be 'plain' or 'sign'."),
+        ({"bp": {"scale": 1}}, "Unknown option bp.scale. bp has no options."),
+        (
+            {"fak": {"scale": 1}},
+            "Options are given for the rule 'fak', which is not in algorithm. Did you mean 'fake'?",
+        ),
+    ],
+)
+def test_options_that_are_refused(options, message):
+    assert refusal(plan, "fake,bp", {"fake": Fake, "bp": Backpropagation}, options=options) == message
+
+
+def test_executions_differ_in_their_seed_only():
+    run = RunSpec(dataset="digits", algorithm="bp", seed=7)
+    assert [execution(run, number).seed for number in range(3)] == [7, 8, 9]
+    assert execution(run, 2).model_copy(update={"seed": 7}) == run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "val_error", "dropout": 0.25, "lr": 0.0123456789},
+        {"objective": "val_loss"},
+        {"skew_type": "step", "imbalance_factor": 12.3456789, "weight_decay": 1e-7},
+        {"problem_type": "reconstruction", "scaler": "zero_one", "output_loss": "bce", "arch": "8-9"},
+        {
+            "batch_norm": True,
+            "init": "aligned",
+            "optimizer": "nag",
+            "momentum": 0.3,
+            "seed": 4,
+            "trackers": "gradients",
+        },
+        {"algorithm": "fake", "options": {"fake": {"scale": 0.3, "kind": "sign"}}, "bw_init": "nokland"},
+    ],
+    ids=str,
+)
+def test_a_run_is_a_grid_of_one_cell(changes):
+    run = build(RunSpec, {"dataset": "digits", "algorithm": "dfa", **changes})
+    rules = {"dfa": DirectFeedbackAlignment, "fake": Fake}
+    grid = as_grid(run)
+    assert grid.executions_per_trial == 1
+    (cell,) = expand(grid, {run.algorithm: rules[run.algorithm]}).cells
+    back = run_of(cell)
+    given = {"options"} if run.options else set()
+    assert back.model_dump(exclude=given) == run.model_dump(exclude=given)
+    if not given:
+        assert back == run
+        assert back.identity() == run.identity()
+    options = rules[run.algorithm].Options
+    assert options.model_validate(back.rule_options()) == options.model_validate(run.rule_options())
+
+
+def test_axes_hold_their_values():
+    grid = plan("dfa", objective="val_loss", lr="0.1,0.01")
+    for axis in grid.axes["dfa"]:
+        assert len(set(axis.values)) == len(axis.values)
+        if axis.kind == "categorical":
+            assert axis.choices is None or set(axis.values) <= set(axis.choices)
+        else:
+            assert all(axis.low <= value <= axis.high for value in axis.values)
+    kinds = {axis.name: axis.kind for axis in grid.axes["dfa"]}
+    assert {name for name, kind in kinds.items() if kind == "float"} == {"lr", "weight_decay", "dropout"}
+    assert kinds["batch_size"] == "int"
+    assert math.prod(len(axis.values) for axis in grid.axes["dfa"]) == len(grid.cells)
