@@ -2,7 +2,8 @@
 
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,38 @@ def load(path: Path, cohort: str) -> dict[str, Any]:
     Raises RunError for a file that is damaged, holds anything but tensors and plain values, is of another
     format or belongs to another cohort.
     """
-    cure = f"Move {path} away and run `bpf resume` to train these cells from their start."
     try:
+        if not zipfile.is_zipfile(path):  # whatever it is, torch.save did not write it whole
+            raise _unusable(path, "is damaged and cannot be read")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RunError(
-            f"The checkpoint {path.name} is refused: it holds more than tensors and plain values, and loading it could "
-            f"run code. {cure}"
-        ) from error
+        reason = "is refused: it holds more than tensors and plain values, and loading it could run code"
+        raise _unusable(path, reason) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise RunError(f"The checkpoint {path.name} is damaged and cannot be read. {cure}") from error
+        raise _unusable(path, "is damaged and cannot be read") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(f"The checkpoint {path.name} is of a format that this bpf does not read. {cure}")
+        raise _unusable(path, "is of a format that this bpf does not read")
     if content.get("cohort") != cohort:
-        raise RunError(f"The checkpoint {path.name} belongs to other cells. {cure}")
+        raise _unusable(path, "belongs to other cells")
+    if not all(
+        isinstance(content.get(name), kind) for name, kind in (("keys", list), ("specs", list), ("state", dict))
+    ):
+        raise _unusable(path, "is damaged: parts of it are missing")
     return content
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Raise RunError if the content of a checkpoint turns out not to be what its cells need."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise _unusable(path, "does not fit its cells") from error
+
+
+def _unusable(path: Path, reason: str) -> RunError:
+    return RunError(
+        f"The checkpoint {path} {reason}. Move it away, and `bpf resume` trains its cells from their start."
+    )

@@ -239,6 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except PermissionError as error:
+        _fail(f"Error: {error.filename} cannot be used: {error.strerror}. Choose another place.", 2)
     except Exception as error:  # ours, not the user's: say so, and how to see more
         _fail(
             f"bpf failed: {type(error).__name__}: {error}\nThis is a bug in bpf or a plugin; BPF_DEBUG=1 shows where.",

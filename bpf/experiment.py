@@ -217,7 +217,9 @@ def _read(path: Path) -> dict[str, Any]:
     damaged = f"{path} is damaged: it is not the file that bpf wrote"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{damaged} ({type(error).__name__}).") from error
     if not isinstance(content, dict) or "format" not in content:
         raise UsageError(f"{damaged}.")

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,16 +35,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with new.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).replace(path)
+            new.replace(path)
         except BaseException:
             with suppress(OSError):
-                Path(name).unlink()
+                new.unlink()
             raise
         _sync_directory(path.parent)
 

@@ -145,9 +145,11 @@ class Worker:
         path = self.experiment.checkpoint(claim.cohort)
         if claim.resumed and path.exists():
             content = checkpoint.load(path, claim.cohort)
-            specs = [RunSpec.model_validate(spec) for spec in content["specs"]]
+            with checkpoint.fitting(path):
+                specs = [RunSpec.model_validate(spec) for spec in content["specs"]]
             cohort = self._cohort(claim, specs)
-            cohort.load(content["state"])
+            with checkpoint.fitting(path):
+                cohort.load(content["state"])
             return content["keys"], cohort
         executions = range(self.experiment.grid.executions_per_trial)
         cells = [RunSpec.model_validate(row.spec) for row in claim.rows]

@@ -212,7 +212,8 @@ def test_a_cohort_is_its_runs_alone(algorithm, optimizer, batch_norm, digits):
         for _ in range(3):
             alone.run_epoch()
         for name, tensor in weights(alone)[0].items():
-            torch.testing.assert_close(found[run][name], tensor, rtol=1e-7, atol=1e-8, msg=name)
+            # Adam divides by |gradient| + 1e-8: the rounding of an almost dead pixel's gradient reaches its weight.
+            torch.testing.assert_close(found[run][name], tensor, rtol=1e-7, atol=1e-7, msg=name)
         alone.run_epoch()
         assert_close_records(together.records[run], alone.records[0], loss=1e-8, error=1e-12)
     assert len({record.objective for record in together.records}) == len(specs)
