@@ -100,7 +100,7 @@ class Worker:
         with explaining(self.study.locks):
             owner = Owner(self.study.locks)
         with owner:
-            while claim := self.study.claim(owner, self._cohort_size):
+            while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
                 try:
                     self._train(claim)
                 except BpfError:
@@ -115,8 +115,9 @@ class Worker:
                     ) from error
                 except Exception:
                     self._fail(claim, traceback.format_exc())
-                if self.stop.asked:
-                    raise Interrupted("Stopped.")
+        counts = self.study.counts()
+        if self.stop.asked and (counts["pending"] or counts["interrupted"]):
+            raise Interrupted("Stopped.")
 
     def _cohort_size(self, row: Row) -> int:
         spec = RunSpec.model_validate(row.spec)

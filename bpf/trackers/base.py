@@ -16,12 +16,12 @@ class Probe:
 
     def __init__(self, network: Network, rule: Algorithm, loss: Loss, inputs: Tensor, target: Tensor) -> None:
         self.network, self.rule = network, rule
-        self._loss, self._inputs, self._target = loss, inputs, target
+        self.loss, self.inputs, self.target = loss, inputs, target
 
     def gradients_by(self, rule: Algorithm) -> dict[str, Tensor]:
         """The gradients that `rule` computes on the probe batch, by parameter name, each [runs, ...]."""
         network = self.network.shadow()
-        rule.gradients(Step(network, self._inputs, self._target, self._loss))
+        rule.gradients(Step(network, self.inputs, self.target, self.loss))
         return network.gradients
 
     @cached_property
