@@ -65,16 +65,18 @@ def large(image: tuple[int, int], arch: str, rounds: int) -> None:
 def small(image: tuple[int, int], arch: str, rounds: int) -> None:
     data = random_data(image)
     sizes = (1, 8, 24, 48)
-    measures: dict[str, Measure] = {"plain": plain(data, arch)}
+    measures: dict[str, Measure] = {"plain": plain(data, arch), "DataLoader": data_loader(data, arch)}
     for rule in RULES:
         measures |= {f"{rule} {runs}": bpf_epoch(data, rule, arch, runs) for runs in sizes}
     best = alternate(measures, rounds)
-    print(f"\n{image[0] * image[1]}-{arch}-10: plain, one network at a time {best['plain']:.3f}")
-    print("rule    " + "".join(f"{f'cohort of {n}':>14}" for n in sizes) + "    plain/8   alone/8")
+    print(
+        f"\n{image[0] * image[1]}-{arch}-10: one network at a time: plain {best['plain']:.3f}, DataLoader {best['DataLoader']:.3f}"
+    )
+    print("rule    " + "".join(f"{f'cohort of {n}':>14}" for n in sizes) + "    plain/8   alone/8  DataLoader/8")
     for rule in RULES:
         alone, eight = best[f"{rule} 1"], best[f"{rule} 8"]
         row = "".join(f"{best[f'{rule} {n}']:>14.3f}" for n in sizes)
-        print(f"{rule:<8}{row} {best['plain'] / eight:9.2f}x {alone / eight:8.2f}x")
+        print(f"{rule:<8}{row} {best['plain'] / eight:9.2f}x {alone / eight:8.2f}x {best['DataLoader'] / eight:12.1f}x")
 
 
 def alternate(measures: dict[str, Measure], rounds: int) -> dict[str, float]:

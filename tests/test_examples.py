@@ -1,6 +1,7 @@
 """The README's commands and the spec files in `examples/` do what they say, on small data."""
 
 import gzip
+import itertools
 import pickle
 import re
 import shlex
@@ -82,7 +83,7 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
     [directory] = (tmp_path / "runs").iterdir()
     rows = api.rows(open_experiment(directory))
     assert {row.state for row in rows} <= {"complete", "diverged"}
-    fixed = dict(zip(arguments, arguments[1:], strict=False))
+    fixed = dict(itertools.pairwise(arguments))
     assert {row.spec["problem_type"] for row in rows} == {fixed.get("--problem-type", "classification")}
     assert {row.rule for row in rows} == set(fixed["--algorithm"].split(","))
 

@@ -104,10 +104,10 @@ def test_dfa_with_the_transposed_output_weights_is_bp_in_a_net_of_one_hidden_lay
     network = measured.network
     assert (BpCosine().measure(measured)["layer.0"] < 0.95).all()
     network.buffers["feedback.0"].copy_(network.parameters["weight.1"].mT)
-    again = Probe(network, measured.rule, cross_entropy, measured._inputs, measured._target)
+    again = Probe(network, measured.rule, cross_entropy, measured.inputs, measured.target)
     torch.testing.assert_close(BpCosine().measure(again)["layer.0"], torch.ones(RUNS, dtype=torch.float64))
     network.buffers["feedback.0"].neg_()
-    opposite = Probe(network, measured.rule, cross_entropy, measured._inputs, measured._target)
+    opposite = Probe(network, measured.rule, cross_entropy, measured.inputs, measured.target)
     torch.testing.assert_close(BpCosine().measure(opposite)["layer.0"], -torch.ones(RUNS, dtype=torch.float64))
 
 

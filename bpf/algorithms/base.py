@@ -56,6 +56,13 @@ class Step:
             self._masks[layer.index] = None if layer.is_output else self.draw_mask(len(inputs[0]), layer.units)
         return layer.forward(inputs, self._masks[layer.index])
 
+    def forward_hidden(self) -> list[Trace]:
+        """A training forward pass through every hidden layer, keeping what a backward pass over all of them needs."""
+        traces: list[Trace] = []
+        for layer in self.network.hidden:
+            traces.append(self.forward(layer, traces[-1].passed_on if traces else self.inputs))
+        return traces
+
     def masked(self, layer: Layer, error: Tensor) -> Tensor:
         """An error of what `layer` passed on, taken back through its dropout: an error of its h."""
         mask = self._masks.get(layer.index)

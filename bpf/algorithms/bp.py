@@ -16,12 +16,8 @@ class Backpropagation(Algorithm):
     unused_parameters = frozenset({"bw_init"})
 
     def gradients(self, step: Step) -> None:
-        traces = []
-        h = step.inputs
-        for layer in step.network.hidden:
-            traces.append(step.forward(layer, h))
-            h = traces[-1].passed_on
-        upper, delta = step.network.output, step.train_output(h)
+        traces = step.forward_hidden()
+        upper, delta = step.network.output, step.train_output(traces[-1].passed_on)
         for trace in reversed(traces):
             error = step.masked(trace.layer, upper.input_error(delta))
             upper, delta = trace.layer, trace.layer.backward(trace, error)

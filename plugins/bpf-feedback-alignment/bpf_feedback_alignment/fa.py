@@ -31,12 +31,8 @@ class FeedbackAlignment(Algorithm):
             network.buffers[name] = drawn.mT.contiguous()
 
     def gradients(self, step: Step) -> None:
-        traces = []
-        h = step.inputs
-        for layer in step.network.hidden:
-            traces.append(step.forward(layer, h))
-            h = traces[-1].passed_on
-        delta = step.train_output(h)
+        traces = step.forward_hidden()
+        delta = step.train_output(traces[-1].passed_on)
         for trace in reversed(traces):
             feedback = step.network.buffers[f"fa.{trace.layer.index + 1}"]
             delta = trace.layer.backward(trace, step.masked(trace.layer, torch.bmm(delta, feedback)))
