@@ -8,25 +8,19 @@ ever changes inside a transaction that `study.py` opens.
 import hashlib
 import itertools
 import json
-import os
 import secrets
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import sqlalchemy as sa
-from filelock import FileLock, Timeout
 
+from bpf.database import connect
 from bpf.errors import UsageError, did_you_mean
+from bpf.owner import is_alive
 
 SCHEMA_VERSION = 1
-BUSY_SECONDS = 60.0
-ENGINE_URL = "sqlite:///study.db"  # only its kind counts, see `engine_options`
-_NETWORK_FILE_SYSTEMS = {"afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"}
 STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
 
 Value = str | int | float | bool
@@ -189,72 +183,6 @@ cells = sa.Table(
 _ROW_COLUMNS = [cells.c[field.name] for field in fields(Row)]
 
 
-def database_path(where: str | Path) -> Path:
-    """The SQLite file that is meant, with its whole path, so that a later `chdir` does no harm."""
-    if isinstance(where, str) and "://" in where:
-        kind, where = where.split("://", 1)
-        if kind != "sqlite":
-            raise UsageError(f"A study is kept in an SQLite file so far, not in {kind!r}; give its path.")
-        where = where.removeprefix("/")
-    path = Path(where).resolve()
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
-    return path
-
-
-def engine_options(path: Path) -> dict[str, Any]:
-    """One connection, which begins no transaction by itself and waits for its turn to write.
-
-    It is opened here and not from a URL, as a path may hold what a URL may not.
-    """
-
-    def open_file() -> sqlite3.Connection:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA synchronous=NORMAL")  # with WAL, a power cut may lose the last second only
-        return connection
-
-    return {"pool_size": 1, "creator": open_file}
-
-
-def connect(path: Path) -> sa.Engine:
-    """The engine of our tables: its transactions take SQLite's write lock at once, unless only reading.
-
-    One that reads first and writes later can lose the race for the lock half-way.
-    """
-    engine = sa.create_engine(ENGINE_URL, **engine_options(path))
-
-    @sa.event.listens_for(engine, "begin")
-    def lock_at_once(connection: sa.Connection) -> None:
-        if not connection.get_execution_options().get("bpf_reading"):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
-
-
-def prepare(path: Path) -> None:
-    """Make the file, with a write-ahead log (the file remembers it), where SQLite's locks can be trusted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = _file_system(path.parent, Path("/proc/self/mounts"))
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise UsageError(
-            f"{path} is on a network file system ({kind}), where SQLite cannot lock reliably; "
-            "keep the experiment on a local disk."
-        )
-    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-
-
-def _file_system(directory: Path, mounts: Path) -> str | None:
-    """The type of file system that holds the directory, where the system tells (Linux)."""
-    try:
-        entries = [line.split(" ") for line in mounts.read_text().splitlines()]
-    except OSError:
-        return None
-    around = {str(directory), *map(str, directory.parents)}
-    holding = [(len(entry[1]), at, entry[2]) for at, entry in enumerate(entries) if entry[1] in around]
-    return max(holding)[2] if holding else None  # the innermost mount; of several there, the last
-
-
 def add_experiment(connection: sa.Connection, path: Path, name: str, settings: dict[str, Any]) -> None:
     versions = _versions(connection)
     if name in versions:
@@ -382,58 +310,6 @@ def counts(connection: sa.Connection, experiment: str, rule: str | None) -> dict
 def cohort_id(members: Iterable[Cell]) -> str:
     """The same cells make the same cohort, in whatever order they were claimed."""
     return hashlib.sha256("\n".join(sorted(cell.key for cell in members)).encode()).hexdigest()[:16]
-
-
-class Owner:
-    """A process's right to its cells: a file lock that the operating system drops when the process ends.
-
-    So a dead owner is known at once, however it died, without heartbeats and without a grace period.
-    """
-
-    def __init__(self, locks: Path) -> None:
-        locks.mkdir(parents=True, exist_ok=True)
-        self.token = secrets.token_hex(8)
-        self._path = locks / f"{self.token}.lock"
-        self._process = os.getpid()
-        self._lock = FileLock(self._path, thread_local=False)
-        self._lock.acquire()
-
-    def close(self) -> None:
-        """Let go. Cells that were not released before count as interrupted from here on."""
-        if os.getpid() == self._process:  # a forked child holds a copy of this object, not the lock
-            with suppress(OSError):  # Windows removes no open file; `sweep` does it later
-                self._path.unlink(missing_ok=True)
-            self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def is_alive(locks: Path, token: str) -> bool:
-    """Whether the owner still holds its lock; the lock file of a dead one is removed."""
-    path = locks / f"{token}.lock"
-    if not path.exists():
-        return False
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return True
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-    lock.release()
-    return False
-
-
-def sweep(locks: Path) -> None:
-    """Remove the lock files of owners that died without leaving a cell behind."""
-    for path in locks.glob("*.lock"):
-        is_alive(locks, path.stem)
 
 
 _ADJECTIVES = """

@@ -8,9 +8,11 @@ Each step (claim, finish, ...) writes our rows and Optuna's in **one** transacti
 at any moment leaves either both or neither. For this, Optuna's storage is bound to our connection meanwhile.
 """
 
+import errno
 import itertools
 import json
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,9 +38,10 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from bpf import plan
+from bpf import database, plan
 from bpf.errors import RunError, UsageError, did_you_mean
-from bpf.plan import Axis, Cell, Claim, Owner, Point, Row, Value
+from bpf.owner import Owner, sweep
+from bpf.plan import Axis, Cell, Claim, Point, Row, Value
 
 __all__ = ["Axis", "Cell", "Claim", "Owner", "Row", "Study", "Value"]
 
@@ -53,7 +56,7 @@ class Study:
         self.experiment = experiment
         self.settings = settings
         self.locks = path.parent / "locks"
-        self._engine = plan.connect(path)
+        self._engine = database.connect(path)
         self._storage = _optuna_storage(path)
         self._grids: dict[str, tuple[dict[str, list[Value]], dict[Point, int]]] = {}
         self._lock = threading.Lock()
@@ -65,9 +68,9 @@ class Study:
         Raises `UsageError` if the experiment exists, or if there can be no such database.
         """
         _check_optuna()
-        path = plan.database_path(where)
+        path = database.database_path(where)
         with _explained(path):
-            plan.prepare(path)
+            database.prepare(path)
             study = cls(path, experiment, settings)
         try:
             with study._transaction() as connection:
@@ -86,7 +89,7 @@ class Study:
         experiment.
         """
         _check_optuna()
-        path = plan.database_path(where)
+        path = database.database_path(where)
         if not path.exists():
             raise UsageError(f"There is no study database {path}.")
         with _explained(path):
@@ -178,7 +181,7 @@ class Study:
         """
         with self._transaction() as connection:
             left = plan.interrupt_dead(connection, self.experiment, self.locks)
-            plan.sweep(self.locks)
+            sweep(self.locks)
         return left
 
     def counts(self, rule: str | None = None) -> dict[str, int]:
@@ -390,6 +393,9 @@ _params = sa.table("trial_params", *map(sa.column, ("trial_id", "param_name", "d
 _ENDS = {"complete": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
+_DISK_FAILURES = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}
+
+
 def _check_optuna() -> None:
     """Refuse an Optuna that numbers its grids otherwise: the stored ids would be wrong without a sign."""
     if optuna.__version__.split(".")[0] != "5":
@@ -409,7 +415,7 @@ def _check_optuna() -> None:
 
 def _optuna_storage(path: Path) -> RDBStorage:
     """Optuna's storage, its tables made if need be. From here on it uses the connections it is bound to."""
-    storage = RDBStorage(plan.ENGINE_URL, engine_kwargs=plan.engine_options(path))
+    storage = RDBStorage(database.ENGINE_URL, engine_kwargs=database.engine_options(path))
     storage.remove_session()
     storage.engine.dispose()
     return storage
@@ -421,7 +427,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (sa.exc.DBAPIError, sqlite3.Error, OSError) as error:
-        raise UsageError(f"{path} cannot be used as a study database: {_cause(error)}.") from error
+        kind = RunError if _cause(error) in _DISK_FAILURES else UsageError
+        raise kind(f"{path} cannot be used as a study database: {_cause(error)}.") from error
     except (RuntimeError, ImportError, OptunaError) as error:  # Optuna's: its tables' version, a driver
         raise UsageError(f"{path} cannot be used with this optuna: {error}") from error
 

@@ -23,7 +23,8 @@ from bpf.experiment import Experiment
 from bpf.files import explaining, write_json
 from bpf.grid import execution
 from bpf.hardware import choose_device, cohort_cells, settle
-from bpf.plan import Claim, Owner, Row
+from bpf.owner import Owner
+from bpf.plan import Claim, Row
 from bpf.spec import RunSpec
 from bpf.study import Study
 from bpf.training import Cohort, Record

@@ -25,7 +25,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 import bpf.study
-from bpf import plan
+from bpf import database, plan
 from bpf.errors import RunError, UsageError
 from bpf.study import Axis, Cell, Claim, Owner, Row, Study
 
@@ -790,7 +790,7 @@ def test_an_optuna_that_numbers_otherwise_is_refused(path: Path, study: Study, m
 
 
 def test_a_network_file_system_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_file_system", lambda directory, mounts: "nfs4")
+    monkeypatch.setattr(database, "_file_system", lambda directory, mounts: "nfs4")
     with pytest.raises(UsageError) as raised:
         Study.create(path, "mine", {})
     assert str(raised.value) == (
@@ -804,7 +804,7 @@ def test_the_innermost_mount_tells_the_file_system(tmp_path: Path) -> None:
     mounts.write_text(
         "none / overlay rw 0 0\nserver:/x /home nfs4 rw 0 0\nnone /home/me/disk ext4 rw 0 0\nnone / xfs rw\n"
     )
-    found = [plan._file_system(Path(place), mounts) for place in ("/tmp", "/home/me", "/home/me/disk/exp")]
+    found = [database._file_system(Path(place), mounts) for place in ("/tmp", "/home/me", "/home/me/disk/exp")]
     assert found == ["xfs", "nfs4", "ext4"]
 
 
@@ -814,7 +814,7 @@ def test_the_innermost_mount_tells_the_file_system(tmp_path: Path) -> None:
 def test_a_locked_database_is_a_run_error(
     path: Path, study: Study, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "BUSY_SECONDS", 0)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0)
     with Study.open(path) as impatient, closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("BEGIN IMMEDIATE")
         with pytest.raises(RunError) as raised:
