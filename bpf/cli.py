@@ -52,16 +52,21 @@ CheckpointEvery = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bpf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _bpf(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also BPF_DEBUG=1).")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     if debug:
         os.environ["BPF_DEBUG"] = "1"
-    if version:
-        typer.echo(f"bpf {__version__}")
-        raise typer.Exit
 
 
 @app.command()

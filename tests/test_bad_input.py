@@ -1,0 +1,1148 @@
+"""A user's mistake gives one clear message and exit code 2, and changes nothing; a failure loses nothing."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import urllib.error
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import ENOSPC
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import bpf.data.fetching
+import bpf.plan
+from bpf import api, cli, worker
+from bpf.experiment import open_experiment
+
+TRAIN = "train --dataset digits --algorithm dfa"
+TUNE = "tune --dataset digits --algorithm dfa"
+SMALL = "--arch 8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.1 --executions-per-trial 1"
+GRID = f"{TUNE} ex {SMALL} --epochs 3 --lr 0.1,0.01 -q"
+RUN = f"{TRAIN} one --arch 8 --examples-frac 0.1 --epochs 1 -q"
+INSTALLED = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.algorithms")}))
+DATASETS = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.datasets")}))
+ABOUT_DATASET = (
+    "Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, npz:PATH, or a plugin's "
+    "(see `bpf datasets`)."
+)
+ABOUT_ALGORITHM = "Learning rule: bp, dfa, drtp, ll-cce, ll-mse, or a plugin's (see `bpf algorithms`)."
+ARCH = "give the hidden layers' units joined by hyphens, such as 500-500-1000-500."
+UNITS = "a layer has 1 to 65536 units, and there are at most 100 layers."
+DROPOUT = (
+    "dropout with objective loss: dropout regularises, and a training objective cannot see that, so it would have no "
+    "effect but to make the objective worse. Use objective val_loss or val_error, or leave dropout out."
+)
+SKEW = (
+    "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
+    "Give skew_type long_tailed, step or all, or leave imbalance_factor out."
+)
+NOT_RECONSTRUCTION = (
+    "algorithm {0} with problem_type reconstruction: {0} only does classification. "
+    "Use problem_type classification, or another rule (see `bpf algorithms`)."
+)
+UNBOUNDED = (
+    "algorithm drtp with activation relu: drtp diverges with an activation that is not bounded. "
+    "Use activation sigmoid or tanh, or --allow-unstable to try it all the same."
+)
+LAYOUT = "Put images into PATH/train/CLASS and PATH/test/CLASS, or into PATH/CLASS to have them split 80/20."
+SAVE = (
+    "Save uint8 images and whole-number labels with "
+    "numpy.savez(PATH, train_images=, train_labels=, test_images=, test_labels=)."
+)
+NO_EXPERIMENT = "There is no experiment in runs. Start one with `bpf tune`, or name its directory."
+EXTEND = "A grid can be extended (lists may grow), not changed. Give another directory, or the same settings."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Bpf = Callable[[str], Outcome]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, with no network."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("BPF_DEBUG", "BPF_DATA_DIR", "BPF_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unreachable(*address: Any, **options: Any) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    return directory
+
+
+@pytest.fixture
+def bpf_(capsys: pytest.CaptureFixture[str]) -> Bpf:
+    def run(command: str) -> Outcome:
+        capsys.readouterr()
+        return Outcome(exit_code(command), *capsys.readouterr())
+
+    return run
+
+
+def exit_code(command: str) -> int:
+    try:
+        cli.main(shlex.split(command))
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    raise AssertionError("the command line always exits")
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Every path below `root` with its content."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+    }
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def refused(bpf_: Bpf, command: str, message: str, code: int = 2) -> None:
+    """The command says exactly this, prints no result and changes nothing."""
+    before = tree(Path.cwd())
+    assert bpf_(command) == Outcome(code, "", f"Error: {message}\n")
+    assert tree(Path.cwd()) == before
+
+
+# Options
+
+
+OPTIONS = {
+    "train --algorithm dfa": f"--dataset is missing: {ABOUT_DATASET}",
+    "tune --dataset digits": f"--algorithm is missing: {ABOUT_ALGORITHM}",
+    "tune": f"--dataset is missing: {ABOUT_DATASET}\n--algorithm is missing: {ABOUT_ALGORITHM}",
+    "train --dataset digits --algorithm dfaa": "Unknown algorithm 'dfaa'. Did you mean 'dfa'?",
+    "tune --dataset digits --algorithm bp,xyz": f"Unknown algorithm 'xyz'. Known: {INSTALLED}.",
+    "train --dataset digit --algorithm dfa": "Unknown dataset 'digit'. Did you mean 'digits'?",
+    "tune --dataset zzz --algorithm dfa": f"Unknown dataset 'zzz'. Known: {DATASETS}.",
+    f"{TRAIN} --tracker bp_cosin": "Unknown tracker 'bp_cosin'. Did you mean 'bp_cosine'?",
+    f"{TUNE} --tracker bp_cosin --dry-run": "Unknown tracker 'bp_cosin'. Did you mean 'bp_cosine'?",
+    f"{TRAIN} --activation tahn": "--activation: 'tahn' is not one of the choices. Did you mean 'tanh'?",
+    f"{TUNE} --activation tanh,rely": "--activation: 'rely' is not one of the choices. Did you mean 'relu'?",
+    f"{TRAIN} --optimizer adm": "--optimizer: 'adm' is not one of the choices. Did you mean 'adam'?",
+    f"{TRAIN} --objective los": "--objective: 'los' is not one of the choices. Did you mean 'loss'?",
+    f"{TRAIN} --problem-type classify": "--problem-type: 'classify' is not one of the choices. "
+    "Did you mean 'classification'?",
+    f"{TRAIN} --bw-init x": "--bw-init: 'x' is not one of the choices. "
+    "Known: frenkel, lecun, nokland, ortho, principled.",
+    f"{TRAIN} --skew-type long": "--skew-type: 'long' is not one of the choices. Did you mean 'long_tailed'?",
+    f"{TRAIN} --scaler std": "--scaler: 'std' is not one of the choices. Did you mean 'standard'?",
+    f"{TRAIN} --output-loss cee": "--output-loss: 'cee' is not one of the choices. Did you mean 'ce'?",
+    f"{TRAIN} --lr abc": "--lr: 'abc' is not accepted: it must be a valid number, unable to parse string as a number.",
+    f"{TUNE} --lr 0.1,abc": "--lr: 'abc' is not accepted: it must be a valid number, "
+    "unable to parse string as a number.",
+    f"{TRAIN} --epochs 1.5": "--epochs: '1.5' is not accepted: it must be a valid integer, "
+    "unable to parse string as an integer.",
+    f"{TRAIN} --lr 0": "--lr: '0' is not accepted: it must be greater than 0.",
+    f"{TRAIN} --lr 11": "--lr: '11' is not accepted: it must be less than or equal to 10.",
+    f"{TRAIN} --lr nan": "--lr: 'nan' is not accepted: it must be a finite number.",
+    f"{TRAIN} --dropout 1": "--dropout: '1' is not accepted: it must be less than 1.",
+    f"{TRAIN} --epochs 0": "--epochs: '0' is not accepted: it must be greater than or equal to 1.",
+    f"{TRAIN} --batch-size 0": "--batch-size: '0' is not accepted: it must be greater than or equal to 1.",
+    f"{TRAIN} --val-frac 1": "--val-frac: '1' is not accepted: it must be less than 1.",
+    f"{TRAIN} --examples-frac 1.5": "--examples-frac: '1.5' is not accepted: it must be less than or equal to 1.",
+    f"{TRAIN} --weight-decay -1": "--weight-decay: '-1' is not accepted: it must be greater than or equal to 0.",
+    f"{TRAIN} --seed -1": "--seed: '-1' is not accepted: it must be greater than or equal to 0.",
+    f"{TUNE} --executions-per-trial 0": "--executions-per-trial: '0' is not accepted: "
+    "it must be greater than or equal to 1.",
+    f"{TRAIN} --lr abc --batch-size 0": "--lr: 'abc' is not accepted: it must be a valid number, "
+    "unable to parse string as a number.\n"
+    "--batch-size: '0' is not accepted: it must be greater than or equal to 1.",
+    f"{TRAIN} --examples-frac 0.001": "examples_frac 0.001 of 1437 training examples is 1, fewer than the 10 classes; "
+    "use at least 0.007.",
+    f"{TRAIN} --arch abc": f"--arch: 'abc' is not accepted: {ARCH}",
+    f"{TRAIN} --arch=-5": f"--arch: '-5' is not accepted: {ARCH}",
+    f"{TRAIN} --arch ''": f"--arch: '' is not accepted: {ARCH}",
+    f"{TRAIN} --arch 500-0": f"--arch: '500-0' is not accepted: {UNITS}",
+    f"{TRAIN} --arch 99999": f"--arch: '99999' is not accepted: {UNITS}",
+    f"{TRAIN} --arch {'-'.join(['1'] * 101)}": f"--arch: '{'-'.join(['1'] * 101)}' is not accepted: {UNITS}",
+    f"{TUNE} --lr 0.1,,0.2": "--lr: ['0.1,,0.2'] is not accepted: the list is empty or has an empty entry.",
+    f"{TUNE} --lr ''": "--lr: [''] is not accepted: the list is empty or has an empty entry.",
+    f"{TRAIN} --device gpu": "--device: 'gpu' is not accepted: give auto, cpu, cuda, cuda:N or mps.",
+    f"{TUNE} --dropout 0.5": DROPOUT,
+    f"{TRAIN} --dropout 0.5": DROPOUT,
+    f"{TUNE} --objective val_loss": "objective val_loss without lr: val_* objectives tune regularisation and take the "
+    "learning rate from an earlier phase. First run the same grid with objective loss, read the best learning rate "
+    "with `bpf best`, and give it with --lr.",
+    f"{TRAIN} --objective val_error --val-frac 0": "objective val_error with val_frac 0: there is no validation split "
+    "to measure. Give val_frac, such as 0.1.",
+    f"{TRAIN} --imbalance-factor 5": SKEW,
+    f"{TUNE} --imbalance-factor 5": SKEW,
+    "train --dataset digits --algorithm drtp --problem-type reconstruction": NOT_RECONSTRUCTION.format("drtp"),
+    "tune --dataset digits --algorithm ll-mse,ll-cce --problem-type reconstruction": NOT_RECONSTRUCTION.format(
+        "ll-cce"
+    ),
+    f"{TRAIN} --problem-type reconstruction --objective val_error": "objective val_error with problem_type "
+    "reconstruction: only classification has an error rate. Use objective val_loss.",
+    f"{TRAIN} --problem-type reconstruction --output-loss ce": "output_loss ce with problem_type reconstruction: "
+    "pixels are not classes. Use output_loss mse (or bce with scaler zero_one).",
+    f"{TRAIN} --problem-type reconstruction --output-loss bce": "output_loss bce with scaler standard: bce needs "
+    "targets in [0, 1]. Use scaler zero_one, or output_loss mse.",
+    "train --dataset digits --algorithm drtp --activation relu": UNBOUNDED,
+    "tune --dataset digits --algorithm dfa,drtp --activation relu": f"Nothing is left of the grid of drtp: {UNBOUNDED}",
+    "train --dataset digits --algorithm bp --init aligned": "algorithm bp with init aligned: bp has no feedback "
+    "matrices to align with. Use init orthogonal, torch or zeros.",
+    f"{TRAIN} --option nope.x=1": "Options are given for the rule 'nope', which is not in algorithm. Known: dfa.",
+    f"{TUNE} --option dfa.x=1 --dry-run": "Unknown option dfa.x. dfa has no options.",
+    f"{TRAIN} --option dfa": "--option 'dfa' is not of the form RULE.NAME=VALUE, such as pepita.scale=0.05.",
+    f"{TRAIN} --option dfa.x=": "--option 'dfa.x=' is not of the form RULE.NAME=VALUE, such as pepita.scale=0.05.",
+    f"{TRAIN} --image-size 8": "The dataset 'digits' has images of one size; leave out --image-size. "
+    "It works with: caltech256, eurosat, folder.",
+    f"{TUNE} --image-size 8 --dry-run": "The dataset 'digits' has images of one size; leave out --image-size. "
+    "It works with: caltech256, eurosat, folder.",
+    "train --dataset mnist:foo --algorithm dfa": "The dataset 'mnist' takes no path; write 'mnist' instead of "
+    "'mnist:foo'.",
+    "tune --dataset mnist:foo --algorithm dfa --dry-run": "The dataset 'mnist' takes no path; write 'mnist' instead "
+    "of 'mnist:foo'.",
+    f"{TUNE} --lr 0.1 0.01": "'0.01' would be the experiment's directory. Give lists with commas, such as "
+    "--lr 0.1,0.01; if a directory is meant, write runs/0.01.",
+    f"{TUNE} --activation tanh relu": "'relu' would be the experiment's directory. Give lists with commas, such as "
+    "--lr 0.1,0.01; if a directory is meant, write runs/relu.",
+    f"{TUNE} --batch-norm no": "'no' would be the experiment's directory. Give lists with commas, such as "
+    "--lr 0.1,0.01; if a directory is meant, write runs/no.",
+    f"{TUNE} --lr {','.join(str(n / 10_000) for n in range(1, 10_001))} --weight-decay 0,0.1": "The grid has more than "
+    "1,000,000 cells; fix some parameters or shorten lists.",
+    "algorithms dfaa": "Unknown algorithm 'dfaa'. Did you mean 'dfa'?",
+    "datasets digit --json": "Unknown dataset 'digit'. Did you mean 'digits'?",
+    "resume": NO_EXPERIMENT,
+    "status": NO_EXPERIMENT,
+    "best --json": NO_EXPERIMENT,
+    "resume nowhere": "nowhere is not an experiment: there is no such directory.",
+    "status nowhere": "nowhere is not an experiment: there is no such directory.",
+    "best nowhere": "nowhere is not an experiment: there is no such directory.",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS, ids=lambda command: command[:60])
+def test_a_mistake_in_an_option(bpf_: Bpf, command: str) -> None:
+    refused(bpf_, command, OPTIONS[command])
+
+
+def test_a_device_that_is_not_there(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus, found in ((0, "no CUDA device"), (1, "1 CUDA device"), (2, "2 CUDA devices")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        expected = f"device cuda:7: this machine has {found}. Use --device auto or cpu."
+        refused(bpf_, f"{TRAIN} --device cuda:7", expected)
+        refused(bpf_, f"{TUNE} --device cuda:7 --dry-run", expected)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refused(bpf_, f"{TRAIN} --device mps", "device mps: this machine has no Apple GPU. Use --device auto or cpu.")
+
+
+COMMAND_LINE = {
+    "tun": "No such command 'tun'. Did you mean 'tune'?",
+    "tune --lrr 1": "No such option: --lrr (Possible options: --lr, --scaler)",
+    "train --bogus": "No such option: --bogus",
+    "--bogus": "No such option: --bogus",
+    "train --lr": "Option '--lr' requires an argument.",
+    "status a b": "Got unexpected extra argument(s) (b)",
+    "best --top 0": "Invalid value for '--top': Input should be greater than or equal to 1",
+    "best --top x": "Invalid value for '--top': Input should be a valid integer, unable to parse string as an integer",
+    "resume --checkpoint-every -1": "Invalid value for '--checkpoint-every': "
+    "Input should be greater than or equal to 0",
+}
+
+
+@pytest.mark.parametrize("command", COMMAND_LINE)
+def test_a_mistake_in_the_command_line(bpf_: Bpf, work: Path, command: str) -> None:
+    outcome = bpf_(command)
+    panel = re.search(r"─ Error ─+╮\n(.*)\n╰─", outcome.err, re.DOTALL)
+    assert panel, outcome.err
+    said = " ".join(line.strip("│ ") for line in panel[1].splitlines())
+    assert (outcome.code, outcome.out, said) == (2, "", COMMAND_LINE[command])
+    assert tree(work) == {}
+
+
+# Spec files
+
+
+SPEC = "dataset: digits\nalgorithm: dfa\n"
+BINARY = bytes(range(256))
+SPEC_FILES: dict[str, tuple[str, str | bytes, str]] = {
+    "no suffix": ("spec", SPEC, "The spec file spec must end in .yaml, .yml, .toml or .json."),
+    "unknown suffix": ("s.ini", SPEC, "The spec file s.ini must end in .yaml, .yml, .toml or .json."),
+    "invalid YAML": (
+        "s.yaml",
+        "dataset: [digits\n",
+        "The spec file s.yaml is not valid YAML: expected ',' or ']', but got '<stream end>' (at line 2, column 1).",
+    ),
+    "invalid TOML": (
+        "s.toml",
+        "dataset = digits",
+        "The spec file s.toml is not valid TOML: Invalid value (at line 1, column 11).",
+    ),
+    "invalid JSON": (
+        "s.json",
+        "{dataset: 1}",
+        "The spec file s.json is not valid JSON: "
+        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1).",
+    ),
+    "a YAML tag that would run code": (
+        "s.yaml",
+        "dataset: !!python/object/apply:os.system ['touch hacked']\n",
+        "The spec file s.yaml is not valid YAML: could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/object/apply:os.system' (at line 1, column 10).",
+    ),
+    "a list": ("s.yaml", "- a\n", "The spec file s.yaml must hold settings by name, such as `dataset: digits`."),
+    "a number as name": (
+        "s.yaml",
+        "1: 2\n",
+        "The spec file s.yaml must hold settings by name, such as `dataset: digits`.",
+    ),
+    "empty YAML": ("s.yaml", "", "The spec file s.yaml must hold settings by name, such as `dataset: digits`."),
+    "empty JSON": (
+        "s.json",
+        "",
+        "The spec file s.json is not valid JSON: Expecting value: line 1 column 1 (char 0).",
+    ),
+    "empty TOML": (
+        "s.toml",
+        "",
+        f"dataset is missing: {ABOUT_DATASET}\nalgorithm is missing: {ABOUT_ALGORITHM}",
+    ),
+    **{
+        f"binary {suffix}": (
+            f"s.{suffix}",
+            BINARY,
+            f"The spec file s.{suffix} is not valid {suffix.upper()}: "
+            "'utf-8' codec can't decode byte 0x80 in position 128: invalid start byte.",
+        )
+        for suffix in ("yaml", "toml", "json")
+    },
+    "nested without end": ("s.json", "[" * 100_000, "The spec file s.json is not valid JSON: it is nested too deeply."),
+    "unknown field": ("s.yaml", f"{SPEC}lrr: 1\n", "Unknown field 'lrr'. Did you mean 'lr'?"),
+    "a mapping as number": (
+        "s.yaml",
+        f"{SPEC}lr: {{a: 1}}\n",
+        "lr: {'a': 1} is not accepted: it must be a valid number.",
+    ),
+    "a list in a list": ("s.yaml", f"{SPEC}lr: [[0.1]]\n", "lr: [0.1] is not accepted: it must be a valid number."),
+    "an empty list": (
+        "s.yaml",
+        f"{SPEC}lr: []\n",
+        "lr: [] is not accepted: the list is empty or has an empty entry.",
+    ),
+    "null": ("s.yaml", f"{SPEC}lr:\n", "lr: None is not accepted: it must be a valid number."),
+    "yes as a number": ("s.yaml", f"{SPEC}lr: [0.1, yes]\n", "lr: [0.1, True] is not accepted: it must be a number."),
+    "a number as dataset": (
+        "s.yaml",
+        "dataset: 5\nalgorithm: dfa\n",
+        "dataset: 5 is not accepted: it must be a valid string.",
+    ),
+    "a nested architecture": ("s.yaml", f"{SPEC}arch: [[8, 8]]\n", f"arch: [8, 8] is not accepted: {ARCH}"),
+    "a misspelled choice": (
+        "s.toml",
+        'dataset = "digits"\nalgorithm = "dfa"\nactivation = ["tanh", "rely"]\n',
+        "activation: 'rely' is not one of the choices. Did you mean 'relu'?",
+    ),
+    "a number as tracker": (
+        "s.yaml",
+        f"{SPEC}trackers: [5]\n",
+        "trackers: 5 is not accepted: it must be a valid string.",
+    ),
+    "a list as options": (
+        "s.yaml",
+        f"{SPEC}options: [1]\n",
+        "options: [1] is not accepted: it must be a valid dictionary.",
+    ),
+    "a number as a rule's options": (
+        "s.yaml",
+        f"{SPEC}options: {{dfa: 1}}\n",
+        "options: 1 is not accepted: it must be a valid dictionary.",
+    ),
+    "three mistakes": (
+        "s.json",
+        '{"dataset": "digits", "algorithm": "dfa", "lr": "x", "batch_size": 0, "zoon": 1}',
+        "lr: 'x' is not accepted: it must be a valid number, unable to parse string as a number.\n"
+        "batch_size: 0 is not accepted: it must be greater than or equal to 1.\n"
+        "Unknown field 'zoon'. Did you mean 'zoom'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPEC_FILES)
+def test_a_spec_file_with_a_mistake(bpf_: Bpf, work: Path, case: str) -> None:
+    name, content, message = SPEC_FILES[case]
+    (work / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(bpf_, f"tune --spec {name}", message)
+
+
+def test_a_spec_file_that_is_not_there(bpf_: Bpf, work: Path) -> None:
+    refused(bpf_, "tune --spec s.yaml", "The spec file s.yaml cannot be read: No such file or directory.")
+    (work / "s.yaml").mkdir()
+    refused(bpf_, "train --spec s.yaml", "The spec file s.yaml cannot be read: Is a directory.")
+
+
+def test_a_spec_file_given_as_the_directory(bpf_: Bpf, work: Path) -> None:
+    (work / "s.yaml").write_text(SPEC)
+    expected = "s.yaml is a file, not an experiment's directory. A spec file is given with --spec s.yaml."
+    refused(bpf_, f"{TUNE} s.yaml", expected)
+
+
+def test_options_in_a_spec_file_and_on_the_command_line(bpf_: Bpf, work: Path) -> None:
+    for options in ("1", "{dfa: 1}"):
+        (work / "s.yaml").write_text(f"{SPEC}options: {options}\n")
+        expected = "is not accepted: give each rule its options, as RULE: {NAME: VALUE}."
+        given = yaml.safe_load(options)
+        refused(bpf_, "tune --spec s.yaml --option dfa.x=1", f"options: {given!r} {expected}")
+
+
+# Data sets
+
+
+def image(path: Path, width: int = 8, height: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (width, height)).save(path)
+
+
+def empty_folder(root: Path) -> None:
+    (root / "f").mkdir()
+
+
+def empty_class(root: Path) -> None:
+    image(root / "f/a/1.png")
+    (root / "f/b").mkdir()
+
+
+def corrupt_image(root: Path) -> None:
+    image(root / "f/a/1.png")
+    (root / "f/b").mkdir()
+    (root / "f/b/1.png").write_bytes(b"no image")
+
+
+def differing_sizes(root: Path) -> None:
+    image(root / "f/a/1.png")
+    image(root / "f/b/1.png", 9, 8)
+
+
+def only_train(root: Path) -> None:
+    image(root / "f/train/a/1.png")
+
+
+def nothing_for_test(root: Path) -> None:
+    image(root / "f/a/1.png")
+    image(root / "f/b/1.png")
+
+
+def a_file(root: Path) -> None:
+    (root / "f").write_text("")
+
+
+def nothing(root: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "dataset", "message"),
+    [
+        (nothing, "folder", "The dataset 'folder' needs a path; write folder:PATH."),
+        (nothing, "folder:f", f"folder:f: there is no such path. {LAYOUT}"),
+        (a_file, "folder:f", f"folder:f: it is a file, not a directory. {LAYOUT}"),
+        (empty_folder, "folder:f", f"folder:f: f has no class directories. {LAYOUT}"),
+        (
+            empty_class,
+            "folder:f",
+            "folder:f: f/b has no images. Add some or remove the directory; recognised are .bmp .gif .jpeg .jpg .pbm "
+            ".pgm .png .pnm .ppm .tif .tiff .webp.",
+        ),
+        (
+            corrupt_image,
+            "folder:f",
+            "1 of the 2 images of folder:f cannot be read. Replace or remove them:\n  f/b/1.png: is not an image",
+        ),
+        (
+            differing_sizes,
+            "folder:f",
+            "The images of folder:f differ in size; give --image-size to scale them all to one size. "
+            "f/a/1.png is 8x8, unlike 1 of the others:\n  f/b/1.png: 9x8",
+        ),
+        (only_train, "folder:f", f"folder:f has train/ but no test/. {LAYOUT}"),
+        (
+            nothing_for_test,
+            "folder:f",
+            "The dataset 'folder:f' cannot be used: test_images is empty [0, 1, 8, 8]; at least one example is needed.",
+        ),
+        (nothing, "npz", "The dataset 'npz' needs a path; write npz:PATH."),
+        (nothing, "npz:f", f"npz:f: there is no such path. {SAVE}"),
+        (empty_folder, "npz:f", f"npz:f: it is not a file. {SAVE}"),
+        (a_file, "npz:f", f"npz:f is damaged or no .npz archive. {SAVE}"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_own_data_that_cannot_be_used(
+    bpf_: Bpf, work: Path, prepare: Callable[[Path], None], dataset: str, message: str
+) -> None:
+    prepare(work)
+    refused(bpf_, f"train --dataset {dataset} --algorithm dfa", message)
+
+
+IMAGES, LABELS = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 2
+TEST_PART = {"test_images": IMAGES, "test_labels": LABELS}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": IMAGES}, f"npz:x.npz lacks train_images, train_labels, test_images, test_labels. {SAVE}"),
+        (
+            {"train_images": IMAGES, "train_labels": np.array([{}, 1] * 10, dtype=object), **TEST_PART},
+            f"npz:x.npz holds pickled objects. {SAVE}",
+        ),
+        (
+            {"train_images": IMAGES / 1.0, "train_labels": LABELS, **TEST_PART},
+            "npz:x.npz: train_images is float64; images must be uint8, 0 to 255.",
+        ),
+        (
+            {"train_images": IMAGES, "train_labels": LABELS[1:], **TEST_PART},
+            "The dataset 'npz:x.npz' cannot be used: train_labels is int64 [19]; it must be int64 [20], "
+            "one label for each image.",
+        ),
+    ],
+    ids=["wrong keys", "pickled", "floats", "a label too few"],
+)
+def test_an_archive_that_cannot_be_used(bpf_: Bpf, work: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(work / "x.npz", **arrays)
+    refused(bpf_, "train --dataset npz:x.npz --algorithm dfa", message)
+
+
+def test_a_source_is_looked_for_in_a_dry_run(bpf_: Bpf) -> None:
+    expected = f"folder:f: there is no such path. {LAYOUT}"
+    refused(bpf_, "tune --dataset folder:f --algorithm dfa --dry-run", expected)
+
+
+def test_a_tiny_folder_has_nothing_to_validate_on(
+    bpf_: Bpf, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BPF_CACHE_DIR", str(tmp_path / "cache"))  # the images are in order, and cached
+    for name in ("a", "b"):
+        image(work / f"f/train/{name}/1.png")
+        image(work / f"f/test/{name}/1.png")
+    command = "train --dataset folder:f --algorithm dfa --examples-frac 1"
+    refused(
+        bpf_,
+        command,
+        "val_frac 0.1 of 2 training examples leaves no validation example beside one training example per class; "
+        "raise val_frac or examples_frac, or set val_frac to 0.",
+    )
+
+
+def test_mnist_without_a_network(bpf_: Bpf, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(self: Any, root: Path, **options: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(bpf.data.fetching.TorchvisionSet, "_torchvision", download)
+    refused(
+        bpf_,
+        "train --dataset mnist --algorithm dfa --data-dir sets",
+        "MNIST cannot be downloaded (URLError: <urlopen error no network>). To need no download, put "
+        "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
+        f"t10k-labels-idx1-ubyte.gz into {work}/sets/MNIST/raw.",
+    )
+
+
+# Experiments
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """A grid that is finished, one that stopped after an epoch, one where nothing began, and a single run."""
+
+    done: Path
+    half: Path
+    planned: Path
+    one: Path
+
+
+class Interrupting:
+    """Watches, and asks to stop at the first occasion."""
+
+    def __init__(self, stop: worker.Stop) -> None:
+        self._stop = stop
+
+    def began(self, claim: Any, epoch: int) -> None:
+        pass
+
+    def trained(self, claim: Any, cohort: Any) -> None:
+        self._stop.asked = True
+
+    def ended(self, row: Any, state: str, value: float | None) -> None:
+        pass
+
+
+def stop_after_an_epoch(directory: Path) -> None:
+    stop = worker.Stop()
+
+    @contextmanager
+    def observe(rows: list[Any]) -> Iterator[Interrupting]:
+        yield Interrupting(stop)
+
+    with pytest.raises(worker.Interrupted):
+        api.run(open_experiment(directory), observe, ["bpf", "tune"], stop, 1e9)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Experiments:
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert exit_code(RUN) == 0
+        patch.setattr(worker.Worker, "run", lambda self: None)
+        assert exit_code(GRID) == 0
+        patch.undo()
+        patch.chdir(root)
+        (root / "ex").rename(root / "planned")
+        shutil.copytree(root / "planned", root / "done")
+        shutil.copytree(root / "planned", root / "half")
+        assert exit_code("resume done -q") == 0
+        stop_after_an_epoch(root / "half")
+    assert list((root / "half/checkpoints").iterdir())
+    return Experiments(root / "done", root / "half", root / "planned", root / "one")
+
+
+def results(bpf_: Bpf, directory: str = "ex") -> dict[str, Any]:
+    """What came out of each cell: everything but its random name."""
+    outcome = bpf_(f"best {directory} --json")
+    assert outcome.code == 0
+    cells = json.loads(outcome.out)
+    return {
+        f"{cell['algorithm']} {cell['params']}": {name: cell[name] for name in ("objective", "best_epochs", "test")}
+        for cell in cells
+    }
+
+
+@pytest.fixture
+def truth(bpf_: Bpf, made: Experiments) -> dict[str, Any]:
+    expected = results(bpf_, str(made.done))
+    assert len(expected) == 2
+    return expected
+
+
+def edited(old: str, new: str) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        text = (directory / "experiment.yaml").read_text()
+        assert old in text
+        (directory / "experiment.yaml").write_text(text.replace(old, new))
+
+    return edit
+
+
+def replaced(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(content) and None
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+DAMAGED = "ex/experiment.yaml is damaged: it is not the file that bpf wrote"
+DATABASE = "{work}/ex/study.db"
+BROKEN_EXPERIMENTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "experiment.yaml gone": (without("experiment.yaml"), "ex is not an experiment: it has no experiment.yaml."),
+    "experiment.yaml empty": (replaced("experiment.yaml", b""), f"{DAMAGED}."),
+    "experiment.yaml binary": (replaced("experiment.yaml", BINARY), f"{DAMAGED} (UnicodeDecodeError)."),
+    "experiment.yaml truncated": (replaced("experiment.yaml", b"format: [1"), f"{DAMAGED} (ParserError)."),
+    "experiment.yaml of another program": (replaced("experiment.yaml", b"name: lights\n"), f"{DAMAGED}."),
+    "newer format": (
+        edited("format: 1", "format: 9"),
+        "ex/experiment.yaml is of format 9; this bpf reads format 1.",
+    ),
+    "field gone": (edited("name: ex", "nam: ex"), f"{DAMAGED} (look at name)."),
+    "wrong types": (edited("commands:", "commands: 5\nx:"), f"{DAMAGED} (look at commands)."),
+    "unknown kind": (edited("kind: tune", "kind: walk"), f"{DAMAGED} (look at kind)."),
+    "spec that was edited": (
+        edited("epochs: 3", "epochs: many"),
+        "The spec in ex/experiment.yaml is not one that this bpf accepts:\n"
+        "epochs: 'many' is not accepted: it must be a valid integer, unable to parse string as an integer.",
+    ),
+    "spec without skew": (
+        edited("  skew_type:", "  skew_typ:"),
+        "The spec in ex/experiment.yaml is not one that this bpf accepts:\n"
+        "Unknown field 'skew_typ'. Did you mean 'skew_type'?",
+    ),
+    "study.db gone": (
+        without("study.db"),
+        "ex/study.db is missing, and with it what the logs in ex belong to. "
+        "Put it back, or start anew in another directory.",
+    ),
+    "study.db garbage": (
+        replaced("study.db", b"garbage"),
+        f"{DATABASE} cannot be used as a study database: file is not a database.",
+    ),
+    "study.db empty": (replaced("study.db", b""), f"{DATABASE} is a database, but no bpf study."),
+}
+
+
+@pytest.mark.parametrize("command", ["status ex", "best ex --json", "resume ex -q", GRID], ids=lambda c: c.split()[0])
+@pytest.mark.parametrize("case", BROKEN_EXPERIMENTS)
+def test_an_experiment_that_is_broken(bpf_: Bpf, made: Experiments, work: Path, case: str, command: str) -> None:
+    damage, message = BROKEN_EXPERIMENTS[case]
+    shutil.copytree(made.done, work / "ex")
+    damage(work / "ex")
+    if case == "experiment.yaml gone" and command == GRID:
+        message = "ex is not an experiment, and not empty. Choose another directory."
+    refused(bpf_, command, message.format(work=work))
+
+
+def test_directories_that_are_no_experiments(bpf_: Bpf, work: Path) -> None:
+    (work / "ex").write_text("a file")
+    (work / "one").mkdir()
+    (work / "one" / "thesis.tex").write_text("years of work")
+    (work / "void").mkdir()
+    refused(bpf_, "status ex", "ex is not an experiment: it is a file.")
+    refused(bpf_, GRID, "ex is a file. Choose another directory.")
+    refused(bpf_, f"{TRAIN} ex/in", "ex/in/running.lock cannot be written: Not a directory. Choose another directory.")
+    refused(bpf_, RUN, "one is not an experiment, and not empty. Choose another directory.")
+    refused(bpf_, "best one", "one is not an experiment: it has no experiment.yaml.")
+    refused(bpf_, "resume void", "void is not an experiment: it has no experiment.yaml.")
+
+
+def test_a_study_of_somebody_else_is_left_alone(bpf_: Bpf, work: Path) -> None:
+    (work / "ex").mkdir()
+    (work / "ex" / "study.db").write_bytes(b"precious")
+    refused(bpf_, GRID, "ex is not an experiment, and not empty. Choose another directory.")
+
+
+def test_nothing_is_left_to_resume(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.done, work / "runs/ex")
+    expected = "Every experiment in runs is finished. Start one with `bpf tune`, or name a directory."
+    refused(bpf_, "resume", expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differences"),
+    [
+        (("--lr 0.1,0.01", "--lr 0.1"), "  lr: 0.1, 0.01 there, 0.1 now\n"),
+        (
+            ("--epochs 3", "--epochs 4 --batch-size 32 --scaler zero_one --tracker gradients"),
+            "  epochs: 3 there, 4 now\n  scaler: standard there, zero_one now\n  trackers: none there, gradients now\n"
+            "  batch_size: 64 there, 32 now\n",
+        ),
+    ],
+    ids=["a list that shrank", "other settings"],
+)
+def test_an_experiment_with_other_settings(
+    bpf_: Bpf, made: Experiments, work: Path, changes: tuple[str, str], differences: str
+) -> None:
+    shutil.copytree(made.done, work / "ex")
+    refused(bpf_, GRID.replace(*changes), f"ex holds an experiment with other settings:\n{differences}{EXTEND}")
+
+
+def test_a_run_in_the_directory_of_a_grid(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.done, work / "ex")
+    shutil.copytree(made.one, work / "one")
+    expected = "ex holds a grid search (bpf tune), not a single run (bpf train). Choose another directory."
+    refused(bpf_, RUN.replace(" one ", " ex "), expected)
+    expected = "one holds a single run (bpf train), not a grid search (bpf tune). Choose another directory."
+    refused(bpf_, GRID.replace(" ex ", " one "), expected)
+    expected = (
+        "one holds an experiment with other settings:\n  lr: 0.001 there, 0.1 now\n"
+        "Give another directory, or the same settings."
+    )
+    refused(bpf_, f"{RUN} --lr 0.1", expected)
+
+
+def test_the_best_before_anything_is_complete(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.half, work / "ex")
+    assert bpf_("best ex") == Outcome(0, "No complete cell yet (2 interrupted).\n", "")
+    assert bpf_("best ex --json") == Outcome(0, "[]\n", "")
+
+
+def test_another_process_trains_there(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.half, work / "ex")
+    holder = (
+        "from filelock import FileLock\n"
+        "lock = FileLock('ex/running.lock')\n"
+        "lock.acquire()\n"
+        "print('held', flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        expected = "Another bpf process is training in ex. Wait for it, or watch it with `bpf status ex`."
+        refused(bpf_, "resume ex -q", expected)
+        refused(bpf_, GRID, expected)
+        assert bpf_("status ex").code == 0
+        other.communicate("\n")
+    assert bpf_("resume ex -q").code == 0
+
+
+# A place that may not be written, a disk that is full
+
+
+def unprivileged() -> list[str]:
+    """What to put before a command to make it obey permission bits."""
+    if os.geteuid() != 0:
+        return []
+    capabilities = "-dac_override,-dac_read_search"
+    prefix = ["setpriv", f"--bounding-set={capabilities}", f"--inh-caps={capabilities}"]
+    if shutil.which("setpriv") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("root obeys no permission bits, and setpriv cannot take that right away here")
+    return prefix
+
+
+def test_a_directory_that_may_not_be_written(made: Experiments, work: Path) -> None:
+    prefix = unprivileged()
+    shutil.copytree(made.half, work / "ex")
+    (work / "closed").mkdir()
+    for directory in (work / "ex", work / "ex/checkpoints", work):
+        directory.chmod(0o555)
+    (work / "closed").chmod(0o000)
+    before = (tree(work / "ex"), names(work))
+    script = "import sys; from bpf import cli; cli.main(sys.argv[1:])"
+    expected = {
+        f"{TUNE} {SMALL} -q": "runs/digits-dfa-loss/running.lock cannot be written: Permission denied. "
+        "Choose another directory.",
+        "resume ex -q": f"{work}/ex/study.db cannot be used as a study database: attempt to write a readonly database.",
+        f"{TRAIN} closed/in": "closed/in cannot be used: Permission denied. Choose another place.",
+    }
+    try:
+        for command, message in expected.items():
+            done = subprocess.run(
+                [*prefix, sys.executable, "-c", script, *shlex.split(command)], capture_output=True, text=True
+            )
+            assert Outcome(done.returncode, done.stdout, done.stderr) == Outcome(2, "", f"Error: {message}\n")
+    finally:
+        work.chmod(0o755)
+    assert (tree(work / "ex"), names(work)) == before
+
+
+FULL = (
+    "The disk is full: {path} could not be written. Nothing finished is lost; free some space and give the same "
+    "command again."
+)
+
+
+@contextmanager
+def full_for(pattern: str) -> Iterator[None]:
+    """The disk is full for files whose path matches."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if re.search(pattern, str(Path(f"/proc/self/fd/{descriptor}").readlink())):
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+@contextmanager
+def full_database(commits: int) -> Iterator[None]:
+    """The disk is full for databases from the given number of commits on."""
+    left = iter(range(commits))
+
+    class Connection(sqlite3.Connection):
+        def commit(self) -> None:
+            if self.in_transaction and next(left, None) is None:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().commit()
+
+    real = sqlite3.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", lambda *given, **named: real(*given, **named, factory=Connection))
+        yield
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a descriptor's file in /proc")
+@pytest.mark.parametrize(
+    ("start", "pattern", "path"),
+    [
+        ("half", r"checkpoints/\.", "ex/checkpoints/{cohort}.pt"),
+        ("half", r"logs/\.", "ex/logs/{key}.json"),
+        ("half", r"\.experiment\.yaml", "ex/experiment.yaml"),
+        ("", r"\.experiment\.yaml", "ex/experiment.yaml"),
+    ],
+    ids=["checkpoint", "log", "experiment.yaml", "a new experiment.yaml"],
+)
+def test_a_full_disk_loses_nothing(
+    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, start: str, pattern: str, path: str
+) -> None:
+    if start:
+        shutil.copytree(getattr(made, start), work / "ex")
+        checkpoint = next((work / "ex/checkpoints").iterdir())
+        path = path.replace("{cohort}", checkpoint.stem)
+    with full_for(pattern):
+        outcome = bpf_(GRID)
+    path = re.escape(path).replace(re.escape("{key}"), "[0-9a-f]+")
+    assert re.fullmatch(re.escape(f"Error: {FULL}\n").replace(re.escape("{path}"), path), outcome.err)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert [name for name in tree(work) if re.search(r"/\.[^/]+$", name)] == []
+    if start:
+        assert json.loads(bpf_("status ex --json").out)["cells"]["interrupted"] == 2
+        assert checkpoint.exists()
+    assert bpf_("resume ex -q" if start else GRID).code == 0
+    assert results(bpf_) == truth
+
+
+def test_a_file_size_limit_is_a_full_disk(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path) -> None:
+    shutil.copytree(made.half, work / "ex")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        outcome = bpf_("resume ex -q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome == Outcome(1, "", f"Error: {work}/ex/study.db cannot be used as a study database: disk I/O error.\n")
+    assert bpf_("resume ex -q").code == 0
+    assert results(bpf_) == truth
+
+
+def test_a_full_disk_under_the_study(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path) -> None:
+    """Whichever of its transactions is the first that does not fit."""
+    code, commits = 1, 0
+    while code:
+        shutil.copytree(made.half, work / "ex")
+        with full_database(commits):
+            outcome = bpf_("resume ex -q")
+        code, commits = outcome.code, commits + 1
+        if code:
+            assert outcome == Outcome(1, "", "Error: The study database failed: database or disk is full.\n")
+            assert bpf_("resume ex -q").code == 0
+        assert results(bpf_) == truth
+        shutil.rmtree(work / "ex")
+    assert commits > 5
+
+
+def test_a_full_disk_before_there_is_a_study(bpf_: Bpf, truth: dict[str, Any], work: Path) -> None:
+    with full_database(0):
+        outcome = bpf_(GRID)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "Error: The study database failed: database or disk is full.\n"
+    assert names(work / "ex") == ["experiment.yaml", "running.lock"]
+    cut_short = "Nothing is planned in ex yet, as its start was cut short. Go on with `bpf resume ex`."
+    refused(bpf_, "status ex", cut_short)
+    assert bpf_("resume ex -q").code == 0
+    assert results(bpf_) == truth
+
+
+# Checkpoints
+
+
+class Code:
+    """Pickles into a call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("hacked"),))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return rewrite
+
+
+UNREADABLE = "is damaged and cannot be read"
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, UNREADABLE),
+    "empty": (lambda path: path.write_bytes(b"") and None, UNREADABLE),
+    "garbage": (lambda path: path.write_bytes(BINARY * 9) and None, UNREADABLE),
+    "a plain pickle with code": (lambda path: path.write_bytes(pickle.dumps(Code())) and None, UNREADABLE),
+    "code": (
+        lambda path: torch.save({"format": 1, "cohort": path.stem, "state": Code()}, path),
+        "is refused: it holds more than tensors and plain values, and loading it could run code",
+    ),
+    "newer format": (
+        changed(lambda content: content.update(format=9)),
+        "is of a format that this bpf does not read",
+    ),
+    "no checkpoint": (lambda path: torch.save([1, 2], path), "is of a format that this bpf does not read"),
+    "other cells": (changed(lambda content: content.update(cohort="another")), "belongs to other cells"),
+    "without a state": (changed(lambda content: content.pop("state")), "is damaged: parts of it are missing"),
+    "half a state": (changed(lambda content: content["state"].pop("records")), "does not fit its cells"),
+    "another network": (
+        changed(
+            lambda content: (
+                content["state"]["network"].update({n: t[..., :1] for n, t in content["state"]["network"].items()})
+                or content["state"]["network"].popitem()
+            )
+        ),
+        "does not fit its cells",
+    ),
+    "other specs": (changed(lambda content: content["specs"][0].update(lr="fast")), "does not fit its cells"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
+def test_a_broken_checkpoint(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, case: str) -> None:
+    damage, reason = BROKEN_CHECKPOINTS[case]
+    shutil.copytree(made.half, work / "ex")
+    checkpoint = next(Path("ex/checkpoints").iterdir())
+    damage(checkpoint)
+    before = tree(work / "ex/checkpoints")
+    outcome = bpf_("resume ex -q")
+    cure = "Move it away, and `bpf resume` trains its cells from their start."
+    assert outcome == Outcome(1, "", f"Error: The checkpoint {checkpoint} {reason}. {cure}\n")
+    assert not (work / "hacked").exists()
+    assert tree(work / "ex/checkpoints") == before
+    assert tree(work / "ex/logs") == {}
+    cells = json.loads(bpf_("status ex --json").out)["cells"]
+    assert cells == {
+        "total": 2,
+        "pending": 0,
+        "interrupted": 2,
+        "running": 0,
+        "complete": 0,
+        "diverged": 0,
+        "failed": 0,
+    }
+    checkpoint.rename(work / "away.pt")
+    assert bpf_("resume ex -q").code == 0
+    assert results(bpf_) == truth
+
+
+# Rules
+
+
+RULES = '''
+from pathlib import Path
+
+from bpf.algorithms import ProjectionRule
+
+
+class Fragile(ProjectionRule):
+    """Raises while there is a file named raise."""
+
+    needs_output_error = True
+    equation = "none"
+    reference = "none"
+
+    def teaching_signal(self, projected, target, output_error):
+        if Path("raise").exists():
+            raise ZeroDivisionError("no signal today")
+        return output_error
+
+
+class NotARule:
+    """Something else."""
+'''
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installs `fragile`, `broken` (raises at import), `absent` (no such module) and `norule`."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/fragile_rules.py").write_text(RULES)
+    (tmp_path / "lib/broken_rules.py").write_text("raise RuntimeError('half installed')\n\n\nclass Broken:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    targets = {
+        "fragile": "fragile_rules:Fragile",
+        "broken": "broken_rules:Broken",
+        "absent": "absent_rules:Absent",
+        "norule": "fragile_rules:NotARule",
+    }
+    real = metadata.entry_points
+
+    def entry_points(*, group: str) -> list[metadata.EntryPoint]:
+        added = [metadata.EntryPoint(name, target, group) for name, target in targets.items()]
+        return [*real(group=group), *(added if group == "bpf.algorithms" else [])]
+
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_plugin_that_cannot_be_loaded(bpf_: Bpf) -> None:
+    expected = {
+        "broken": "The algorithm 'broken' of unknown distribution (broken_rules:Broken) cannot be loaded: "
+        "RuntimeError: half installed",
+        "absent": "The algorithm 'absent' of unknown distribution (absent_rules:Absent) cannot be loaded: "
+        "ModuleNotFoundError: No module named 'absent_rules'",
+        "norule": "The algorithm 'norule' (fragile_rules:NotARule) is not a bpf Algorithm.",
+    }
+    for name, message in expected.items():
+        refused(bpf_, f"train --dataset digits --algorithm {name}", message)
+        refused(bpf_, f"tune --dataset digits --algorithm bp,{name} --dry-run", message)
+    listed = bpf_("algorithms")
+    assert listed.code == 0
+    assert "broken: module absent_rules is not installed" in listed.out
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_rule_that_raises_fails_alone(bpf_: Bpf, work: Path) -> None:
+    grid = f"{GRID} --algorithm fragile --json".replace("--epochs 3", "--epochs 1")
+    (work / "raise").touch()
+    outcome = bpf_(grid)
+    cure = "see `bpf status ex --failed`; `bpf resume ex --retry-failed` tries again."
+    assert outcome.code == 1
+    assert outcome.err == f"Error: 2 cells failed: {cure}\n"
+    assert [cell["algorithm"] for cell in json.loads(outcome.out)] == ["dfa", "dfa"]
+    failures = json.loads(bpf_("status ex --failed --json").out)
+    assert [(failure["algorithm"], failure["params"]["lr"]) for failure in failures] == [
+        ("fragile", 0.1),
+        ("fragile", 0.01),
+    ]
+    for failure in failures:
+        assert failure["error"].startswith("Traceback (most recent call last):\n")
+        assert failure["error"].endswith("ZeroDivisionError: no signal today\n")
+    assert bpf_("status ex --failed").out.count("ZeroDivisionError: no signal today") == 2
+    before = results(bpf_)
+    assert bpf_("resume ex -q").code == 1
+    (work / "raise").unlink()
+    outcome = bpf_("resume ex --retry-failed -q --json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert sorted(cell["algorithm"] for cell in json.loads(outcome.out)) == ["dfa", "dfa", "fragile", "fragile"]
+    assert {name: result for name, result in results(bpf_).items() if name.startswith("dfa")} == before
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_single_run_that_raises(bpf_: Bpf, work: Path) -> None:
+    (work / "raise").touch()
+    command = RUN.replace("dfa", "fragile")
+    expected = (
+        "Error: The run failed: ZeroDivisionError: no signal today\n"
+        "See `bpf status one --failed`; `bpf resume one --retry-failed` tries again.\n"
+    )
+    assert bpf_(command) == Outcome(1, "", expected)
+    (work / "raise").unlink()
+    assert bpf_("resume one --retry-failed -q").code == 0
+
+
+def test_a_run_that_diverges_is_a_result_and_is_never_ranked(bpf_: Bpf) -> None:
+    wild = "--dataset digits --algorithm bp --optimizer sgd --scaler identity --arch 32-32-32-32 --activation lrelu"
+    few = "--examples-frac 0.1 --epochs 3 --json"
+    outcome = bpf_(f"train one {wild} {few} --lr 10")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert (report["status"], report["epochs"], report["test"]) == ("diverged", 1, None)
+    outcome = bpf_(f"tune ex {wild} {few} --no-batch-norm --executions-per-trial 2 --lr 10,1e-9")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [cell["params"]["lr"] for cell in json.loads(outcome.out)] == [1e-9]
+    assert json.loads(bpf_("status ex --json").out)["cells"]["diverged"] == 1
