@@ -69,9 +69,7 @@ def small(image: tuple[int, int], arch: str, rounds: int) -> None:
     for rule in RULES:
         measures |= {f"{rule} {runs}": bpf_epoch(data, rule, arch, runs) for runs in sizes}
     best = alternate(measures, rounds)
-    print(
-        f"\n{image[0] * image[1]}-{arch}-10: one network at a time: plain {best['plain']:.3f}, DataLoader {best['DataLoader']:.3f}"
-    )
+    print(f"\n{image[0] * image[1]}-{arch}-10: plain {best['plain']:.3f}, DataLoader {best['DataLoader']:.3f}")
     print("rule    " + "".join(f"{f'cohort of {n}':>14}" for n in sizes) + "    plain/8   alone/8  DataLoader/8")
     for rule in RULES:
         alone, eight = best[f"{rule} 1"], best[f"{rule} 8"]

@@ -14,9 +14,10 @@ import typer
 
 from bpf import __version__
 from bpf.errors import BpfError, RunError, UsageError
+from bpf.fields import build, json_schema
 from bpf.options import is_value, merge, with_spec_options
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
-from bpf.spec import GridSpec, RunSpec, build, digest
+from bpf.spec import GridSpec, RunSpec, digest
 
 if TYPE_CHECKING:
     from bpf.experiment import Experiment
@@ -230,7 +231,7 @@ def schema(
     run: Annotated[bool, typer.Option("--run", help="The schema of a single run instead of a grid's.")] = False,
 ) -> None:
     """Print the JSON schema of spec files."""
-    _print_json((RunSpec if run else GridSpec).model_json_schema())
+    _print_json(json_schema(RunSpec if run else GridSpec))
 
 
 def main(arguments: list[str] | None = None) -> None:

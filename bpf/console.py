@@ -120,6 +120,11 @@ class LiveProgress:
         return ", ".join(parts)
 
 
+def say(text: str) -> None:
+    """A line that is never broken: what reads it may not be as wide as a terminal."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
 def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path) -> None:
     """How many cells, runs and cohorts each rule has, and what was left out and why."""
     counts = Counter(cell.rule for cell in grid.cells)
@@ -131,13 +136,12 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         table.add_row(rule, str(counts[rule]), str(counts[rule] * executions), " × ".join(sizes) or "one cell")
     out.print(table)
     stacked = f", trained in about {cohorts} cohorts" if cohorts else ""
-    out.print(
+    say(
         f"{len(grid.cells)} cells of {executions} execution{'s' if executions > 1 else ''}{stacked}; "
-        f"experiment in {directory}",
-        markup=False,
+        f"experiment in {directory}"
     )
     for left in grid.left_out:
-        out.print(f"left out: {left.cells} cells of {left.rule} ({left.reason})", markup=False)
+        say(f"left out: {left.cells} cells of {left.rule} ({left.reason})")
 
 
 def show_results(rows: Sequence[Row], objective: str, top: int = 10) -> None:
@@ -145,23 +149,23 @@ def show_results(rows: Sequence[Row], objective: str, top: int = 10) -> None:
     ranked = rank(rows)
     states = Counter(row.state for row in rows)
     if not ranked:
-        out.print(f"No complete cell yet ({', '.join(f'{n} {state}' for state, n in states.items())}).")
+        say(f"No complete cell yet ({', '.join(f'{n} {state}' for state, n in states.items())}).")
         return
     names = varying(rows)
     out.print()
     out.print(_table(f"Ranked by {objective}", ranked[:top], names, objective, test=False))
     if len(ranked) > top:
-        out.print(f"... and {len(ranked) - top} more; see `bpf best --top {len(ranked)}`.")
+        say(f"... and {len(ranked) - top} more; see `bpf best --top {len(ranked)}`.")
     out.print()
     out.print(_table("The winner of each rule on the test set", winners(ranked), names, objective, test=True))
     executions = len(ranked[0].objective.values)
     spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
     others = [f"{states[state]} {state}" for state in ("diverged", "failed") if states[state]]
-    out.print(f"{spread}; {states['complete']} cells complete{''.join(f', {o}' for o in others)}.")
+    say(f"{spread}; {states['complete']} cells complete{''.join(f', {o}' for o in others)}.")
     failed = [row for row in rows if row.state == "failed"]
     if failed:
         last = (failed[0].error or "").strip().splitlines()[-1]
-        out.print(f"first failure: {failed[0].rule} {describe(failed[0].params)}: {last}", markup=False)
+        say(f"first failure: {failed[0].rule} {describe(failed[0].params)}: {last}")
 
 
 def _table(title: str, ranked: Sequence[Ranked], names: Sequence[str], objective: str, test: bool) -> Table:
@@ -224,18 +228,18 @@ def show_status(status: dict[str, Any]) -> None:
     """Cells by state, and how long the rest will take."""
     cells = status["cells"]
     parts = [f"{count} {state}" for state, count in cells.items() if state != "total" and count]
-    out.print(f"{status['experiment']}: {cells['total']} cells: {', '.join(parts) or 'none planned'}", markup=False)
+    say(f"{status['experiment']}: {cells['total']} cells: {', '.join(parts) or 'none planned'}")
     left = status["eta_seconds"]
     rest = "finished" if left == 0 else "time left not known yet" if left is None else f"about {duration(left)} left"
-    out.print(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
+    say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
 
 
 def show_failures(rows: Sequence[Row]) -> None:
     """The tracebacks of failed cells."""
     for row in rows:
-        out.print(f"{row.name}: {row.rule} {describe(row.params)}\n{row.error}", markup=False)
+        say(f"{row.name}: {row.rule} {describe(row.params)}\n{row.error}")
     if not rows:
-        out.print("No cell has failed.")
+        say("No cell has failed.")
 
 
 def show_run(report: dict[str, Any]) -> None:
@@ -243,9 +247,9 @@ def show_run(report: dict[str, Any]) -> None:
     seconds, speed = report["seconds"]["per_epoch"], report["samples_per_second"]
     run = f"{report['algorithm']} on {report['dataset']}, seed {report['seed']}, {report['device']}"
     pace = f"{report['epochs']} epochs, {seconds:.2f} s an epoch, {speed:,.0f} examples/s"
-    out.print(f"{run}: {report['status']} after {pace}", markup=False, soft_wrap=True)
+    say(f"{run}: {report['status']} after {pace}")
     for part in ("train", "val", "test"):
         scores = report[part]
         if scores is not None:
             error = "" if scores["error"] is None else f"   error {100 * scores['error']:.2f} %"
-            out.print(f"  {part:<6} loss {scores['loss']:.4f}{error}")
+            say(f"  {part:<6} loss {scores['loss']:.4f}{error}")

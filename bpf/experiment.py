@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 
 import bpf
 from bpf.errors import UsageError
+from bpf.fields import build
 from bpf.files import explaining, write_text
 from bpf.grid import Grid, expand
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
-from bpf.spec import TUNABLE, GridSpec, build
+from bpf.spec import TUNABLE, GridSpec
 from bpf.study import Study
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from bpf.errors import UsageError, did_you_mean
+from bpf.fields import choices
 from bpf.plan import Axis, Cell, Value
-from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, choices, digest
+from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, digest
 
 if TYPE_CHECKING:
     from bpf.algorithms import Algorithm

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from bpf.errors import UsageError
+from bpf.fields import bounds, choices
 from bpf.registry import ALGORITHMS, Registry
-from bpf.spec import TUNABLE, RunSpec, Settings, bounds, choices
+from bpf.spec import TUNABLE, RunSpec, Settings
 
 PANELS = {
     "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),

@@ -7,10 +7,8 @@ Both are frozen pydantic models; the command line, the spec files and the JSON s
 import hashlib
 import json
 import re
-import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,12 +16,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-
-from bpf.errors import UsageError, did_you_mean
 
 ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
 FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
@@ -80,6 +74,10 @@ WeightDecay = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 ImbalanceFactor = Annotated[float, Field(ge=1, le=10_000)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def _is_number(model: type[BaseModel], name: str) -> bool:
+    return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
 
 
 class Frozen(BaseModel):
@@ -154,7 +152,7 @@ class Settings(Frozen):
         """YAML reads `yes` as true, which pydantic would take for 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
             several = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(one, bool) for one in several) and name in cls.model_fields and bounds(cls, name):
+            if any(isinstance(one, bool) for one in several) and _is_number(cls, name):
                 raise ValueError(f"{name}: {value!r} is not accepted: it must be a number.")
         return values
 
@@ -328,75 +326,3 @@ def _check_factor(skews: typing.Sequence[str], given: bool) -> None:
             "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
             "Give skew_type long_tailed, step or all, or leave imbalance_factor out."
         )
-
-
-SpecType = TypeVar("SpecType", bound=Settings)
-
-
-def build(model: type[SpecType], values: Mapping[str, Any], naming: str = "field") -> SpecType:
-    """Validate `values` into a spec.
-
-    `naming` is how messages call a field: `field` (`batch_size`) or `option` (`--batch-size`).
-    Raises UsageError with one line a problem.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise UsageError("\n".join(dict.fromkeys(_explain(model, e, naming) for e in error.errors()))) from None
-
-
-def _explain(model: type[Settings], error: Any, naming: str) -> str:
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "tuple[", "literal["))]
-    if not location:
-        return str(error["ctx"]["error"])
-    field = location[0]
-    name = f"--{field.replace('_', '-')}" if naming == "option" else field
-    if error["type"] == "extra_forbidden":
-        return f"Unknown field {field!r}.{did_you_mean(field, model.model_fields)}"
-    if error["type"] == "missing":
-        return f"{name} is missing: {RunSpec.model_fields[field].description}"
-    given = error["input"]
-    if error["type"] == "literal_error":
-        return f"{name}: {given!r} is not one of the choices.{did_you_mean(str(given), choices(field))}"
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
-    return f"{name}: {given!r} is not accepted: {message}{'' if message.endswith('.') else '.'}"
-
-
-def choices(field: str) -> tuple[str, ...]:
-    """The allowed words of a field, or nothing."""
-    return _literals(RunSpec.model_fields[field].annotation)
-
-
-def _literals(annotation: Any) -> tuple[str, ...]:
-    if typing.get_origin(annotation) is Literal:
-        return tuple(word for arg in typing.get_args(annotation) for word in (_literals(arg) or (str(arg),)))
-    if isinstance(annotation, types.UnionType):
-        return tuple(word for arg in typing.get_args(annotation) for word in _literals(arg))
-    return ()
-
-
-def bounds(model: type[BaseModel], field: str) -> str:
-    """The allowed range of a numeric field in words, such as `0 to 1` or `above 0 to 10`, or nothing."""
-    low = high = ""
-    for item in _constraints(model.model_fields[field]):
-        if getattr(item, "ge", None) is not None:
-            low = f"{item.ge}"
-        if getattr(item, "gt", None) is not None:
-            low = f"above {item.gt}"
-        if getattr(item, "le", None) is not None:
-            high = f"{item.le}"
-        if getattr(item, "lt", None) is not None:
-            high = f"below {item.lt}"
-    if low and high:
-        return f"{low} to {high}"
-    return f"{low} or more" if low else ""
-
-
-def _constraints(part: Any) -> Iterator[Any]:
-    """Every constraint in a field or in the types its annotation is made of."""
-    for item in [*getattr(part, "metadata", ()), *getattr(part, "__metadata__", ())]:
-        yield from item.metadata if isinstance(item, FieldInfo) else [item]
-    annotation = part.annotation if isinstance(part, FieldInfo) else part
-    for argument in typing.get_args(annotation):
-        if argument is not Literal and not isinstance(argument, str):
-            yield from _constraints(argument)

@@ -25,11 +25,12 @@ from torch import Tensor
 from bpf.activations import ACTIVATIONS
 from bpf.algorithms import Algorithm, Layer, Network, Options, Problem, Step
 from bpf.data.cache import load
+from bpf.fields import choices
 from bpf.losses import output_loss, squash_for
 from bpf.network import Structure
 from bpf.randomness import generator
 from bpf.registry import ALGORITHMS, Registry
-from bpf.spec import TUNABLE, RunSpec, choices
+from bpf.spec import TUNABLE, RunSpec
 from bpf.training import Cohort
 
 INPUTS, WIDTHS, CLASSES, BATCH = 5, (6, 4, 7), 3, 8

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from bpf import cli
-from bpf.spec import GridSpec, RunSpec, bounds, choices
+from bpf.fields import bounds, choices
+from bpf.spec import GridSpec, RunSpec
 
 SMALL = "--arch 8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.1 --executions-per-trial 2"
 GRID = f"tune ex --dataset digits --algorithm dfa {SMALL} --epochs 2 -q"
@@ -129,6 +130,11 @@ def test_the_schema_names_every_field(bpf_: Bpf, command: str, model: type[GridS
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(model.model_fields)
     assert schema["required"] == ["dataset", "algorithm"]
+    assert all(field["description"] for field in schema["properties"].values())
+    if model is GridSpec:
+        one, many = schema["properties"]["activation"]["anyOf"]
+        assert "swish" in one["enum"]
+        assert many == {"type": "array", "items": one, "minItems": 1}
 
 
 @pytest.mark.parametrize("group", ["algorithms", "datasets", "trackers"])

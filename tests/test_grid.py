@@ -13,8 +13,9 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.algorithms.drtp import DirectRandomTargetProjection
 from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
 from bpf.errors import UsageError
+from bpf.fields import build
 from bpf.grid import LeftOut, as_grid, check_run, execution, expand
-from bpf.spec import GridSpec, RunSpec, build, digest
+from bpf.spec import GridSpec, RunSpec, digest
 
 RULES = {
     "bp": Backpropagation,

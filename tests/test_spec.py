@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from bpf.errors import UsageError
-from bpf.spec import TUNABLE, GridSpec, RunSpec, bounds, build, choices, digest
+from bpf.fields import bounds, build, choices
+from bpf.spec import TUNABLE, GridSpec, RunSpec, digest
 
 RUN = {"dataset": "digits", "algorithm": "dfa"}
 GRID = {"dataset": "digits", "algorithm": "dfa,bp"}
