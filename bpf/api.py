@@ -10,7 +10,7 @@ from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
 from bpf.errors import RunError, UsageError
 from bpf.experiment import Experiment, find, load_rules, open_experiment, prepare
-from bpf.grid import Grid, as_grid, check_run, expand
+from bpf.grid import Grid, as_grid, check_run, expand, resolve_options
 from bpf.plan import Row
 from bpf.results import Ranked, cost, rank
 from bpf.spec import GridSpec, RunSpec
@@ -41,13 +41,14 @@ class Planned:
 
 def open_tune(directory: Path, grid: GridSpec, data_dir: Path) -> Experiment:
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""
-    return prepare(directory, "tune", grid, data_dir)
+    return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir)
 
 
 def open_train(directory: Path, run: RunSpec, data_dir: Path) -> Experiment:
     """The experiment of a single run in `directory`. Nothing is written yet."""
-    check_run(run, load_rules([run.algorithm])[run.algorithm])
-    return prepare(directory, "train", as_grid(run), data_dir)
+    rules = load_rules([run.algorithm])
+    check_run(run, rules[run.algorithm])
+    return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir)
 
 
 def plan(experiment: Experiment) -> Planned:

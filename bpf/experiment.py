@@ -240,6 +240,8 @@ def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
         now = after[name]
         if name in TUNABLE and set(was) <= set(now):
             merged[name] = [*was, *(value for value in now if value not in was)]
+        elif name == "options" and (grown := _grown_options(was, now)) is not None:
+            merged[name] = grown
         elif was == now or name in FREE_TO_CHANGE:
             merged[name] = now
         else:
@@ -251,6 +253,18 @@ def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
             f"{extend}Give another directory, or the same settings."
         )
     return build(GridSpec, _explicit(merged))
+
+
+def _grown_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any] | None:
+    """The union of two rules' resolved options, or None if anything of the first is missing in the second."""
+    merged = {rule: dict(options) for rule, options in now.items()}
+    for rule, options in was.items():
+        for option, values in options.items():
+            added = now.get(rule, {}).get(option, [])
+            if not set(values) <= set(added):
+                return None
+            merged[rule][option] = [*values, *(value for value in added if value not in values)]
+    return merged
 
 
 def _explicit(values: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def expand(grid: GridSpec, rules: Rules) -> Grid:
     return plan
 
 
+def resolve_options(grid: GridSpec, rules: Rules) -> GridSpec:
+    """The same grid with every option of its rules written out, defaults too, each as a list of validated values."""
+    _check_option_names(grid.options, rules)
+    values = {name: _option_values(rules[name], name, grid.options.get(name, {})) for name in grid.algorithm}
+    return grid.model_copy(update={"options": {name: options for name, options in values.items() if options}})
+
+
 def execution(run: RunSpec, number: int) -> RunSpec:
     """The spec of a cell's execution, which differs in its seed."""
     return run.model_copy(update={"seed": run.seed + number})

@@ -74,7 +74,7 @@ def shortened(arguments: Sequence[str], spec: dict[str, Any] | None = None) -> l
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] == "tune"])
 def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
-    arguments = shlex.split(command)[1:]
+    arguments = shlex.split(command.replace(" examples/", f" {ROOT}/examples/"))[1:]
     if "--dry-run" in arguments:
         run(arguments)
         assert not (tmp_path / "runs").exists()
@@ -85,7 +85,7 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
     assert {row.state for row in rows} <= {"complete", "diverged"}
     fixed = dict(itertools.pairwise(arguments))
     assert {row.spec["problem_type"] for row in rows} == {fixed.get("--problem-type", "classification")}
-    assert {row.rule for row in rows} == set(fixed["--algorithm"].split(","))
+    assert {row.rule for row in rows} == set(fixed.get("--algorithm", "bp,dfa,drtp,ll-cce,ll-mse").split(","))
 
 
 def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
