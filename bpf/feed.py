@@ -39,7 +39,7 @@ class Feed:
         self.targets = self.inputs if self._reconstructs else len(data.classes)
         self._one_hot = torch.eye(len(data.classes), dtype=dtype, device=device)
         chosen = subset(
-            data.train_labels.numpy(),
+            data.train_labels.cpu().numpy(),
             examples_frac=spec.examples_frac,
             val_frac=spec.val_frac,
             skew_type=spec.skew_type,

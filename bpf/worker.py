@@ -88,6 +88,7 @@ class Worker:
     def __post_init__(self) -> None:
         grid = self.experiment.grid
         self.device = choose_device(grid.device)
+        self.data = self.data.to(self.device)
         self._rules, self._trackers = self.experiment.rules(), self.experiment.trackers()
 
     def run(self) -> None:

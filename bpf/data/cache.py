@@ -1,7 +1,7 @@
 """Data sets by name: the whole set as resident uint8 tensors, and what `bpf datasets` tells about each."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from bpf.errors import BpfError, RunError, UsageError
 from bpf.registry import DATASETS, Plugin, Registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,6 +35,11 @@ class Data:
         """(C, H, W) of one image."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
+
+    def to(self, device: "torch.device") -> "Data":
+        """The same set with its tensors on `device`, where all cohorts then find it."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
