@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             with suppress(OSError):
                 new.unlink()
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,7 +57,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, separators=(",", ":")))
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make a rename or new files in `directory` survive a power cut."""
+    if os.name != "posix":  # elsewhere a directory cannot be opened
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         ("bpf.checkpoint", "save", "after", 3),
         ("bpf.files", "os.fsync", "before", 6),
-        ("bpf.files", "_sync_directory", "before", 4),
+        ("bpf.files", "sync_directory", "before", 4),
         ("bpf.training", "Cohort.run_epoch", "after", 6),
         ("bpf.study", "Study.claim", "after", 2),
         ("bpf.study", "Study.finish", "before", 2),

@@ -19,6 +19,7 @@ import numpy as np
 
 from bpf.data.base import Arrays, disk_error
 from bpf.errors import RunError
+from bpf.files import sync_directory
 
 FORMAT = 1
 _FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -88,7 +89,7 @@ def _build(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Ar
             for outdated in root.glob(f"{family}-*"):
                 shutil.rmtree(outdated)
             stage.rename(directory)
-            _sync(root)
+            sync_directory(root)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         arrays = _open(directory, fingerprint)
@@ -117,7 +118,7 @@ def _write(stage: Path, fingerprint: str, arrays: Arrays) -> None:
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(stage)
+    sync_directory(stage)
 
 
 def _open(directory: Path, fingerprint: str) -> Arrays | None:
@@ -143,17 +144,6 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(1 << 20):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32
-
-
-def _sync(directory: Path) -> None:
-    """Make a rename or new files in `directory` survive a power cut."""
-    if os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _short(text: str) -> str:
