@@ -10,20 +10,13 @@ from pydantic import Field
 from bpf.algorithms import Algorithm, Options
 from bpf.algorithms.bp import Backpropagation
 from bpf.algorithms.dfa import DirectFeedbackAlignment
-from bpf.algorithms.drtp import DirectRandomTargetProjection
-from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
 from bpf.errors import UsageError
+from bpf.experiment import load_rules
 from bpf.fields import build
 from bpf.grid import LeftOut, as_grid, check_run, execution, expand
 from bpf.spec import GridSpec, RunSpec, digest
 
-RULES = {
-    "bp": Backpropagation,
-    "dfa": DirectFeedbackAlignment,
-    "drtp": DirectRandomTargetProjection,
-    "ll-cce": LocalCrossEntropy,
-    "ll-mse": LocalSquaredError,
-}
+RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 PER_RUN = {"lr", "bw_init", "dropout", "weight_decay", "seed"}
 
 

@@ -8,22 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from bpf.algorithms import Problem, Step
-from bpf.algorithms.bp import Backpropagation
-from bpf.algorithms.dfa import DirectFeedbackAlignment
-from bpf.algorithms.drtp import DirectRandomTargetProjection
-from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
+from bpf.experiment import load_rules
 from bpf.losses import output_loss, squash_for
 from bpf.network import Layer, Network, Structure
 from bpf.randomness import Dropout
 
 RUNS, BATCH, INPUTS, CLASSES, WIDTHS = 3, 11, 6, 4, (7, 5, 8)
-RULES = {
-    "bp": Backpropagation,
-    "dfa": DirectFeedbackAlignment,
-    "drtp": DirectRandomTargetProjection,
-    "ll-cce": LocalCrossEntropy,
-    "ll-mse": LocalSquaredError,
-}
+RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 LOCAL = ("drtp", "ll-cce", "ll-mse")
 ACTIVATIONS = {
     "tanh": lambda a: (torch.exp(a) - torch.exp(-a)) / (torch.exp(a) + torch.exp(-a)),

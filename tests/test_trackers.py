@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from bpf.algorithms import Problem
-from bpf.algorithms.bp import Backpropagation
 from bpf.algorithms.dfa import DirectFeedbackAlignment
-from bpf.algorithms.drtp import DirectRandomTargetProjection
-from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
 from bpf.data import cache
+from bpf.experiment import load_rules
 from bpf.losses import cross_entropy
 from bpf.network import Network, Structure
 from bpf.spec import RunSpec
@@ -21,13 +19,7 @@ from bpf.trackers.base import cosine
 from bpf.trackers.norms import Gradients
 from bpf.training import Cohort
 
-RULES = {
-    "bp": Backpropagation,
-    "dfa": DirectFeedbackAlignment,
-    "drtp": DirectRandomTargetProjection,
-    "ll-cce": LocalCrossEntropy,
-    "ll-mse": LocalSquaredError,
-}
+RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 RUNS, BATCH, INPUTS, TARGETS = 3, 20, 6, 4
 
 

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from bpf.algorithms.bp import Backpropagation
-from bpf.algorithms.dfa import DirectFeedbackAlignment
-from bpf.algorithms.drtp import DirectRandomTargetProjection
-from bpf.algorithms.local_loss import LocalCrossEntropy, LocalSquaredError
 from bpf.data import cache
 from bpf.data.subsets import subset
+from bpf.experiment import load_rules
 from bpf.feed import Feed
 from bpf.network import Network, Structure
 from bpf.optim import StackedOptimizer
@@ -22,13 +20,7 @@ from bpf.randomness import Dropout, generator, orders
 from bpf.spec import RunSpec
 from bpf.training import Cohort
 
-RULES = {
-    "bp": Backpropagation,
-    "dfa": DirectFeedbackAlignment,
-    "drtp": DirectRandomTargetProjection,
-    "ll-cce": LocalCrossEntropy,
-    "ll-mse": LocalSquaredError,
-}
+RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 LAYERWISE = ("drtp", "ll-cce", "ll-mse")
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
