@@ -32,7 +32,7 @@ def test_fashion_mnist_after_five_epochs(
             [
                 *("train", str(tmp_path / rule), "--dataset", "fmnist", "--data-dir", str(data_dir)),
                 *("--algorithm", rule, "--arch", "500-500", "--activation", "tanh", "--epochs", "5"),
-                *("--examples-frac", "1", "--json"),
+                *("--examples-frac", "1", "--lr", "0.0003", "--json"),
             ]
         )
     report = json.loads(capsys.readouterr().out)
