@@ -25,13 +25,13 @@ SHORT = {"batch_norm": "bn", "bw_init": "feedback", "activation": "act"}
 
 
 class LiveProgress:
-    """Shows how an experiment goes on: a live bar in a terminal, a line per finished cohort elsewhere.
+    """Shows how an experiment goes on: a live bar in a terminal, a line every few seconds elsewhere.
 
     The time left is the measured speed of this session applied to the work that is left.
     """
 
     def __init__(self, rows: Sequence[Row], executions: int, objective: str, quiet: bool = False) -> None:
-        self._executions, self._objective, self._quiet = executions, objective, quiet
+        self._objective, self._quiet = objective, quiet
         open_rows = [row for row in rows if row.state in ("pending", "interrupted", "running")]
         self._open = {row.key: cost(row.spec, executions) for row in open_rows}
         self._left, self._spent = sum(self._open.values()), 0.0

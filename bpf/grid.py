@@ -149,8 +149,6 @@ def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Ax
         params = dict(zip((axis.name for axis in axes), point, strict=True))
         run = RunSpec.model_validate(shared | _fields(name, params))
         identity = run.identity(rule.unused_parameters)
-        options = _options(rule, name, run.rule_options()).model_dump(mode="json")
-        identity["options"] = options
         structure = {key: value for key, value in identity.items() if key not in PER_RUN}
         yield Cell(digest(identity), name, digest(structure), params, run.model_dump(mode="json"))
 

@@ -84,7 +84,7 @@ def _merged_options(in_file: Any, assignments: list[str]) -> dict[str, dict[str,
         name, equals, value = assignment.partition("=")
         rule, dot, option = name.partition(".")
         if not (equals and dot and rule and option and value):
-            raise UsageError(f"--option {assignment!r} is not of the form RULE.NAME=VALUE, such as pepita.scale=0.05.")
+            raise UsageError(f"--option {assignment!r} is not of the form RULE.NAME=VALUE, such as my-rule.scale=0.05.")
         options.setdefault(rule, {})[option] = value
     return options
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from bpf.plan import Row
 
-Numbers = Sequence[float]
-
 
 @dataclass(frozen=True)
 class Spread:

@@ -30,6 +30,7 @@ ScalerName = Literal["standard", "zero_one", "identity"]
 
 BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
 DEFAULT_IMBALANCE_FACTOR = 10.0
+MAX_SEED = 2**31
 MAX_UNITS, MAX_LAYERS = 65_536, 100
 
 
@@ -130,8 +131,8 @@ class Settings(Frozen):
     image_size: int | None = Field(
         None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, feedback, order, dropout and augmentation.")
-    data_seed: int = Field(0, ge=0, lt=2**31, description="Seed of the subset, the validation split and the skew.")
+    seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of weights, feedback, order, dropout and augmentation.")
+    data_seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of the subset, the validation split and the skew.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
@@ -297,6 +298,11 @@ class GridSpec(Settings):
     def _grid_agrees(self) -> Self:
         _check_dropout(self.objective, self.dropout)
         _check_factor(self.skew_type, "imbalance_factor" in self.model_fields_set)
+        if self.seed + self.executions_per_trial > MAX_SEED:
+            raise ValueError(
+                f"seed {self.seed} with executions_per_trial {self.executions_per_trial}: executions have the seeds "
+                f"from seed on, which must stay below {MAX_SEED}. Use a smaller seed."
+            )
         if self.objective.startswith("val_") and "lr" not in self.model_fields_set:
             raise ValueError(
                 f"objective {self.objective} without lr: val_* objectives tune regularisation and take the learning "

@@ -4,6 +4,7 @@ The study is the truth: whatever runs this loop, and however often it dies, no f
 twice, and an interrupted cohort goes on from its checkpoint to the same numbers.
 """
 
+import math
 import signal
 import statistics
 import time
@@ -174,7 +175,7 @@ class Worker:
             records = cohort.records[number * executions : (number + 1) * executions]
             state, value, result = outcome(records)
             result |= {"device": str(self.device), "examples": cohort.examples}
-            write_json(self.experiment.log(key), [asdict(record) for record in records])
+            write_json(self.experiment.log(key), [_logged(record) for record in records])
             self.study.finish(claim, key, value, state, result)
             self.observer.ended(rows[key], state, value)
         self._discard_checkpoint(claim)
@@ -188,6 +189,14 @@ class Worker:
     def _discard_checkpoint(self, claim: Claim) -> None:
         with suppress(OSError):  # of no more use, and no reason to fail
             self.experiment.checkpoint(claim.cohort).unlink(missing_ok=True)
+
+
+def _logged(record: Record) -> dict[str, Any]:
+    """A record as JSON has it, which knows no numbers that are not finite: null stands for them."""
+    logged = asdict(record)
+    for name, values in record.history.items():
+        logged["history"][name] = [value if math.isfinite(value) else None for value in values]
+    return logged
 
 
 def outcome(records: list[Record]) -> tuple[str, float | None, dict[str, Any]]:

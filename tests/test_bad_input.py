@@ -210,10 +210,12 @@ OPTIONS = {
     "tune --dataset digits --algorithm dfa,drtp --activation relu": f"Nothing is left of the grid of drtp: {UNBOUNDED}",
     "train --dataset digits --algorithm bp --init aligned": "algorithm bp with init aligned: bp has no feedback "
     "matrices to align with. Use init orthogonal, torch or zeros.",
+    f"{TUNE} --seed 2147483646": "seed 2147483646 with executions_per_trial 3: executions have the seeds from seed on, "
+    "which must stay below 2147483648. Use a smaller seed.",
     f"{TRAIN} --option nope.x=1": "Options are given for the rule 'nope', which is not in algorithm. Known: dfa.",
     f"{TUNE} --option dfa.x=1 --dry-run": "Unknown option dfa.x. dfa has no options.",
-    f"{TRAIN} --option dfa": "--option 'dfa' is not of the form RULE.NAME=VALUE, such as pepita.scale=0.05.",
-    f"{TRAIN} --option dfa.x=": "--option 'dfa.x=' is not of the form RULE.NAME=VALUE, such as pepita.scale=0.05.",
+    f"{TRAIN} --option dfa": "--option 'dfa' is not of the form RULE.NAME=VALUE, such as my-rule.scale=0.05.",
+    f"{TRAIN} --option dfa.x=": "--option 'dfa.x=' is not of the form RULE.NAME=VALUE, such as my-rule.scale=0.05.",
     f"{TRAIN} --image-size 8": "The dataset 'digits' has images of one size; leave out --image-size. "
     "It works with: caltech256, eurosat, folder.",
     f"{TUNE} --image-size 8 --dry-run": "The dataset 'digits' has images of one size; leave out --image-size. "
@@ -1142,6 +1144,9 @@ def test_a_run_that_diverges_is_a_result_and_is_never_ranked(bpf_: Bpf) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     report = json.loads(outcome.out)
     assert (report["status"], report["epochs"], report["test"]) == ("diverged", 1, None)
+    [log] = Path("one/logs").iterdir()
+    [execution] = json.loads(log.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert execution["history"]["loss"] == [None]
     outcome = bpf_(f"tune ex {wild} {few} --no-batch-norm --executions-per-trial 2 --lr 10,1e-9")
     assert (outcome.code, outcome.err) == (0, "")
     assert [cell["params"]["lr"] for cell in json.loads(outcome.out)] == [1e-9]

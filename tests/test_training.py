@@ -204,8 +204,10 @@ def test_a_cohort_is_its_runs_alone(algorithm, optimizer, batch_norm, digits):
         for _ in range(3):
             alone.run_epoch()
         for name, tensor in weights(alone)[0].items():
-            # Adam divides by |gradient| + 1e-8: the rounding of an almost dead pixel's gradient reaches its weight.
-            torch.testing.assert_close(found[run][name], tensor, rtol=1e-7, atol=1e-7, msg=name)
+            # Batch norm cancels a pixel that is almost constant, as it cancels a bias: the gradient of its weight is
+            # rounding, which Adam divides by its own size + 1e-8.
+            noisy = name == "weight.0" and batch_norm and optimizer in ("adam", "adamw")
+            torch.testing.assert_close(found[run][name], tensor, rtol=1e-7, atol=1e-7 if noisy else 1e-8, msg=name)
         alone.run_epoch()
         assert_close_records(together.records[run], alone.records[0], loss=1e-8, error=1e-12)
     assert len({record.objective for record in together.records}) == len(specs)
