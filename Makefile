@@ -4,7 +4,7 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 SOURCES := bpf plugins tests benchmarks
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test chaos lint format bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ demo: install  ## run a real grid over five learning rules on the embedded data 
 test: install  ## run every test
 	$(BIN)/python -m pytest
 
+chaos: install  ## kill workers and supervisors 200 times at random, and compare what comes out
+	BPF_CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/test_chaos.py
+
 lint: install  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -32,10 +35,11 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: install  ## measure the training step, memory and the study's overhead
+bench: install  ## measure the training step, memory, the study's overhead and what workers bring
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/workers.py
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

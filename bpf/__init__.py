@@ -1,3 +1,3 @@
 """Train fully connected networks without backpropagation, and compare learning rules by grid search."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

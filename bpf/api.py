@@ -1,24 +1,26 @@
 """What the commands do, as functions on experiments that return plain values. Nothing here prints."""
 
-from collections.abc import Callable, Sequence
+import datetime
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
+from bpf.database import Database
 from bpf.errors import RunError, UsageError
-from bpf.experiment import Experiment, find, load_rules, open_experiment, prepare
+from bpf.experiment import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
 from bpf.grid import Grid, as_grid, check_run, expand, resolve_options
-from bpf.plan import Row
-from bpf.results import Ranked, cost, rank
+from bpf.plan import OPEN, STATES, Row
+from bpf.results import Ranked, history_columns, rank, result_columns
 from bpf.spec import GridSpec, RunSpec
+from bpf.study import Study
 
 if TYPE_CHECKING:
-    from bpf.worker import Observer, Stop
-
-OPEN = ("pending", "interrupted", "running")
+    from bpf.events import Observe
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,32 @@ class Planned:
         }
 
 
-def open_tune(directory: Path, grid: GridSpec, data_dir: Path) -> Experiment:
+@dataclass(frozen=True)
+class Effort:
+    """How to train, without any effect on what comes out.
+
+    `workers` is how many processes, None for one per processor core or GPU; `device` is where, as in a spec or
+    several joined by commas. `max_hours` ends the work in an orderly way after that time.
+    """
+
+    workers: int | None = None
+    device: str | None = None
+    checkpoint_seconds: float = 30.0
+    max_hours: float | None = None
+
+
+def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""
-    return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir)
+    return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir, place)
 
 
-def open_train(directory: Path, run: RunSpec, data_dir: Path) -> Experiment:
+def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a single run in `directory`. Nothing is written yet."""
     rules = load_rules([run.algorithm])
     check_run(run, rules[run.algorithm])
-    return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir)
+    if "," in run.device:
+        raise UsageError(f"device {run.device}: a single run is trained on one device. Give one of them.")
+    return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir, place)
 
 
 def plan(experiment: Experiment) -> Planned:
@@ -68,7 +86,7 @@ def plan(experiment: Experiment) -> Planned:
         return Planned(grid, None)
     inputs = info.shape[0] * info.shape[1] * info.shape[2]
     targets = inputs if spec.problem_type == "reconstruction" else info.class_count
-    device = choose_device(spec.device)
+    device = choose_device(spec.device.split(",")[0])
     members: dict[str, list[RunSpec]] = {}
     for cell in grid.cells:
         members.setdefault(cell.structure, []).append(RunSpec.model_construct(**cell.spec))
@@ -81,63 +99,226 @@ def plan(experiment: Experiment) -> Planned:
 
 def run(
     experiment: Experiment,
-    observe: Callable[[list[Row]], "AbstractContextManager[Observer]"],
+    observe: "Callable[[Outset], AbstractContextManager[Observe]]",
     command: Sequence[str],
-    stop: "Stop",
-    checkpoint_seconds: float,
+    effort: Effort,
     retry_failed: bool = False,
 ) -> None:
     """Plan what is missing and train until nothing is left.
 
-    Everything that can be wrong with the request is found before anything is written. Raises Interrupted after a
-    request to stop.
+    Everything that can be wrong with the request is found before anything is written. A grid is trained by worker
+    processes, a single run in this one. Raises Interrupted after a request to stop.
     """
-    from bpf.hardware import choose_device
-    from bpf.worker import Worker
+    from bpf import hardware, supervisor
+    from bpf.stopping import Stop
+    from bpf.worker import Job, Worker
 
     spec = experiment.grid
-    choose_device(spec.device)
+    alone = experiment.kind == "train"
+    if not alone:
+        supervisor.warm_up()
+    devices = hardware.devices(effort.device or spec.device, 1 if alone else effort.workers)
+    loaded = _check(experiment)
+    with experiment.running(), closing(_planned(experiment, command)) as study:
+        if retry_failed:
+            study.retry_failed()
+        outset = Outset.of(study, spec)
+        jobs = [
+            Job(
+                experiment.database,
+                experiment.name,
+                experiment.data_dir,
+                experiment.files.resolve(),
+                device,
+                devices.count(device),
+                effort.checkpoint_seconds,
+            )
+            for device in devices[: max(1, outset.open)]
+        ]
+        stop = Stop(effort.max_hours)
+        with observe(outset) as observer, stop.on_signals():
+            if alone:
+                Worker(jobs[0], study, partial(observer, 1), stop, loaded).run()
+            else:
+                del loaded
+                supervisor.Supervisor(jobs, study, observer, stop).run()
+
+
+def store_plan(experiment: Experiment, command: Sequence[str]) -> None:
+    """Plan what is missing, for `join` to train."""
+    _check(experiment)
+    with experiment.running():
+        _planned(experiment, command).close()
+
+
+def _check(experiment: Experiment) -> Data:
+    """Find what can be wrong with a request before anything is written; returns the data."""
+    spec = experiment.grid
     experiment.trackers()
     expand(spec, experiment.rules())
     loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
     _check_subsets(spec, loaded)
-    with experiment.running():
-        begun = experiment.begun
-        if not begun:  # first of all, so that whatever happens next, `bpf resume` can go on
-            experiment.save(command)
-        study, _ = experiment.plan()
-        with closing(study):
-            if begun:  # last, so that a grid that cannot be extended is not recorded
-                experiment.save(command)
-            if retry_failed:
-                study.retry_failed()
-            with observe(study.rows()) as observer, stop.on_signals():
-                Worker(experiment, study, loaded, observer, stop, checkpoint_seconds).run()
+    return loaded
+
+
+def _planned(experiment: Experiment, command: Sequence[str]) -> Study:
+    """The study with every cell in it; `experiment.yaml` remembers the command."""
+    begun = experiment.begun
+    if not begun:  # first of all, so that whatever happens next, `bpf resume` can go on
+        experiment.save(command)
+    study, _ = experiment.plan()
+    if begun:  # last, so that a grid that cannot be extended is not recorded
+        experiment.save(command)
+    return study
+
+
+def join(
+    storage: "Database",
+    name: str | None,
+    data_dir: Path | None,
+    checkpoints: Path | None,
+    observe: "Callable[[Outset], AbstractContextManager[Observe]]",
+    effort: Effort,
+    files: Path | None = None,
+) -> str:
+    """Work on an experiment that is planned in a database, in this process, until nothing is left to claim.
+
+    Returns the experiment's name. Its checkpoints lie in `checkpoints`, or where the experiment keeps them (`files`, or
+    as its database says) if that folder is here as well, or in a folder of this machine's own. Raises Interrupted after
+    a request to stop.
+    """
+    from bpf.stopping import Stop
+    from bpf.worker import Job, Worker
+
+    with closing(Study.open(storage, name)) as study:
+        spec = grid_of(study.settings)
+        files = files.resolve() if files else Path(study.settings.get("files", ""))
+        if checkpoints is not None:
+            files = checkpoints.resolve() / study.experiment
+        elif not files.is_absolute() or not files.is_dir():
+            files = Path("bpf-checkpoints").resolve() / study.experiment
+        outset = Outset.of(study, spec)
+        where = (effort.device or "auto", 1, effort.checkpoint_seconds)
+        job = Job(Database.at(storage), study.experiment, data_dir or Path("data"), files, *where)
+        stop = Stop(effort.max_hours)
+        with observe(outset) as observer, stop.on_signals():
+            Worker(job, study, partial(observer, 1), stop).run()
+        return study.experiment
+
+
+@dataclass(frozen=True)
+class Outset:
+    """How an experiment stands when work on it begins, for whoever shows the progress.
+
+    `cost` is the work of the cells that are not finished. `varying` are the parameters with more than one value.
+    """
+
+    objective: str
+    total: int
+    open: int
+    cost: float
+    best: tuple[float, str] | None
+    varying: frozenset[str]
+
+    @classmethod
+    def of(cls, study: "Study", spec: GridSpec) -> "Outset":
+        tallies = study.tally()
+        left = [tally for tally in tallies if tally.state in OPEN]
+        found = {rule: study.best(rule) for rule in {tally.rule for tally in tallies}}
+        best = min(((one[1], rule) for rule, one in found.items() if one is not None), default=None)
+        axes = [axis for rule in found for axis in study.axes(rule)]
+        return cls(
+            spec.objective,
+            sum(tally.count for tally in tallies),
+            sum(tally.count for tally in left),
+            sum(tally.cost for tally in left) * spec.executions_per_trial,
+            best,
+            frozenset(axis.name for axis in axes if len(axis.values) > 1),
+        )
 
 
 def rows(experiment: Experiment) -> list[Row]:
     """Every cell of the experiment, in plan order."""
-    with closing(experiment.open_study()) as study:
+    with closing(experiment.open_study(reading=True)) as study:
         return study.rows()
 
 
+def history(experiment: Experiment, key: str) -> list[dict[str, Any]]:
+    """A cell's executions with their histories: one number per epoch for each measurement."""
+    with closing(experiment.open_study(reading=True)) as study:
+        return study.history(key) or []
+
+
 def status(experiment: Experiment) -> dict[str, Any]:
-    """Cells by state, seconds spent in finished cells, and seconds that the rest will take at that speed."""
-    with closing(experiment.open_study()) as study:
-        counts = study.counts()
-        cells = study.rows()
-    executions = experiment.grid.executions_per_trial
-    finished = [row for row in cells if row.result is not None]
-    elapsed = sum(row.result["seconds"] for row in finished if row.result is not None)
-    done = sum(cost(row.spec, executions) for row in finished)
-    left = sum(cost(row.spec, executions) for row in cells if row.state in OPEN)
-    eta = 0.0 if not left else left * elapsed / done if done else None
+    """Cells by state and trouble, who works on them, seconds spent, and seconds that the rest will take.
+
+    The time left is the speed of finished cells applied to the others, shared by the workers that are alive.
+    """
+    with closing(experiment.open_study(reading=True)) as study:
+        tallies = study.tally()
+        workers = study.workers()
+    counts = dict.fromkeys(STATES, 0)
+    causes: dict[str, dict[str, int]] = {}
+    for tally in tallies:
+        counts[tally.state] += tally.count
+        if tally.cause is not None:
+            by_state = causes.setdefault(tally.cause, {})
+            by_state[tally.state] = by_state.get(tally.state, 0) + tally.count
+    elapsed = sum(tally.seconds for tally in tallies)
+    done = sum(tally.cost for tally in tallies if tally.seconds)
+    left = sum(tally.cost for tally in tallies if tally.state in OPEN)
+    eta = 0.0 if not counts_open(counts) else left * elapsed / done / max(1, len(workers)) if done else None
     return {
         "experiment": str(experiment.directory),
         "cells": {"total": sum(counts.values()), **counts},
+        "causes": causes,
+        "workers": [{"pid": worker["pid"], **worker["facts"], "since": _utc(worker["began"])} for worker in workers],
         "elapsed_seconds": round(elapsed, 3),
         "eta_seconds": None if eta is None else round(eta, 3),
     }
+
+
+def counts_open(counts: dict[str, int]) -> int:
+    return sum(counts[state] for state in OPEN)
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Where the numbers come from: the resolved spec and each start with its command, versions, git and hardware."""
+    return {
+        "experiment": str(experiment.directory),
+        "name": experiment.name,
+        "created": experiment.created,
+        "storage": experiment.database.public,
+        "checkpoints": str(experiment.files),
+        "data_dir": str(experiment.data_dir),
+        "spec": experiment.grid.model_dump(mode="json"),
+        "sessions": experiment.sessions(),
+    }
+
+
+def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Remove what is not needed any more; returns the `files` and how many `bytes` they have."""
+    from bpf.upkeep import superfluous
+
+    found = superfluous(experiment, kept_checkpoints)
+    size = sum(path.stat().st_size for path in found)
+    if not dry_run:
+        for path in found:
+            path.unlink(missing_ok=True)
+    return {"files": [str(path) for path in found], "bytes": size}
+
+
+def table(experiment: Experiment, what: str) -> Iterator[dict[str, Any]]:
+    """Flat records: of every cell (`results`), or of every epoch of every execution (`history`)."""
+    with closing(experiment.open_study(reading=True)) as study:
+        axes = {axis.name: None for rule in experiment.grid.algorithm for axis in study.axes(rule)}
+        for row in study.rows():
+            cell = {"cell": row.name, "key": row.key, "algorithm": row.rule, **axes, **row.params}
+            if what == "results":
+                yield cell | result_columns(row)
+            else:
+                for number, record in enumerate(study.history(row.key) or []):
+                    yield from (cell | epoch for epoch in history_columns(number, record))
 
 
 def best(experiment: Experiment, top: int | None = None) -> list[Ranked]:
@@ -184,7 +365,7 @@ def newest_unfinished(root: Path) -> Experiment:
     newest(root)
     for directory in find(root):
         experiment = open_experiment(directory)
-        if not experiment.database.exists() or any(status(experiment)["cells"][state] for state in OPEN):
+        if experiment.database.missing() or counts_open(status(experiment)["cells"]):
             return experiment
     raise UsageError(f"Every experiment in {root} is finished. Start one with `bpf tune`, or name a directory.")
 
@@ -200,3 +381,7 @@ def _check_subsets(spec: GridSpec, loaded: Data) -> None:
                 imbalance_factor=factor,
                 data_seed=spec.data_seed,
             )
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

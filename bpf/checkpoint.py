@@ -13,21 +13,25 @@ from bpf.errors import RunError
 from bpf.files import write_atomically
 from bpf.spec import RunSpec
 
-FORMAT = 1
+FORMAT = 2
+OLDER_FORMAT = 1
 
 
-def save(path: Path, cohort: str, keys: Sequence[str], specs: Sequence[RunSpec], state: dict[str, Any]) -> None:
-    """Store a cohort's `state` with what it is of: its id, the keys of its cells and the specs of its runs."""
+def save(path: Path, cohort: str, cells: Sequence[str], specs: Sequence[RunSpec], states: list[dict[str, Any]]) -> None:
+    """Store what a cohort has reached: its id, for each run the name of its cell and its spec, and the `states`.
+
+    There is one state for each part that the runs are trained in, up to the part that is trained now.
+    """
     dumped = [spec.model_dump(mode="json") for spec in specs]
-    content = {"format": FORMAT, "cohort": cohort, "keys": list(keys), "specs": dumped, "state": state}
+    content = {"format": FORMAT, "cohort": cohort, "cells": list(cells), "specs": dumped, "states": states}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load(path: Path, cohort: str) -> dict[str, Any]:
-    """The content of a checkpoint: `keys`, `specs` and `state`, on the CPU.
+    """The content of a checkpoint: `cells`, `specs` and `states`, on the CPU.
 
-    Raises RunError for a file that is damaged, holds anything but tensors and plain values, is of another
-    format or belongs to another cohort.
+    Of a checkpoint of bpf 0.1, `cells` are their keys. Raises RunError for a file that is damaged, holds anything
+    but tensors and plain values, is of another format or belongs to another cohort.
     """
     try:
         if not zipfile.is_zipfile(path):  # whatever it is, torch.save did not write it whole
@@ -38,26 +42,30 @@ def load(path: Path, cohort: str) -> dict[str, Any]:
         raise _unusable(path, reason) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
         raise _unusable(path, "is damaged and cannot be read") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLDER_FORMAT):
         raise _unusable(path, "is of a format that this bpf does not read")
     if content.get("cohort") != cohort:
         raise _unusable(path, "belongs to other cells")
-    if not all(
-        isinstance(content.get(name), kind) for name, kind in (("keys", list), ("specs", list), ("state", dict))
-    ):
-        raise _unusable(path, "is damaged: parts of it are missing")
+    with fitting(path, "is damaged: parts of it are missing"):
+        if content["format"] == OLDER_FORMAT:
+            executions = len(content["specs"]) // len(content["keys"])
+            content["cells"] = [key for key in content["keys"] for _ in range(executions)]
+            content["states"] = [content["state"]]
+        found = [content[name] for name in ("cells", "specs", "states")]
+        if not all(isinstance(value, list) for value in found) or len(found[0]) != len(found[1]) or not found[2]:
+            raise ValueError("not lists of the right lengths")
     return content
 
 
 @contextmanager
-def fitting(path: Path) -> Iterator[None]:
+def fitting(path: Path, reason: str = "does not fit its cells") -> Iterator[None]:
     """Raise RunError if the content of a checkpoint turns out not to be what its cells need."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise _unusable(path, "does not fit its cells") from error
+    except (LookupError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise _unusable(path, reason) from error
 
 
 def _unusable(path: Path, reason: str) -> RunError:

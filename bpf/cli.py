@@ -6,6 +6,8 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpf import __version__
-from bpf.errors import BpfError, RunError, UsageError
+from bpf.errors import BpfError, RunError, UsageError, did_you_mean
 from bpf.fields import build, json_schema
 from bpf.options import is_value, merge, with_spec_options
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec import GridSpec, RunSpec, digest
 
 if TYPE_CHECKING:
-    from bpf.experiment import Experiment
+    from bpf.api import Effort, Outset
+    from bpf.console import LiveProgress
+    from bpf.experiment import Experiment, Place
 
 app = typer.Typer(
     help="Train fully connected networks without backpropagation, and compare learning rules by grid search.",
@@ -30,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 RUNS = Path("runs")
+MAX_WORKERS = 1024
 SPEC_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 Directory = Annotated[Path | None, typer.Argument(help="The experiment's directory.", show_default=False)]
@@ -50,6 +55,56 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 CheckpointEvery = Annotated[
     float,
     typer.Option("--checkpoint-every", min=0.0, help="Least seconds between two checkpoints.", metavar="SECONDS"),
+]
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        "--max-hours", min=0.0, help="Stop by itself after this time, as with Ctrl-C.", metavar="H", show_default=False
+    ),
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        help="Processes that train; auto is one per GPU, or one per processor core.",
+        metavar="auto|N",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        envvar="BPF_STORAGE",
+        show_envvar=True,
+        help="Where the study is kept, if not in the experiment's directory: postgresql://USER@HOST/DATABASE "
+        "or sqlite:///PATH. A password is better kept in PGPASSWORD or ~/.pgpass.",
+        metavar="URL",
+        show_default=False,
+    ),
+]
+ExperimentName = Annotated[
+    str | None,
+    typer.Option(
+        "--experiment",
+        help="The experiment's name in the storage; by default that of its directory.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoints",
+        help="A folder, shared with other machines, for the checkpoints and models of experiments.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+KeepCheckpoints = Annotated[
+    bool,
+    typer.Option(
+        "--keep-checkpoints", help="Keep those of finished cells, so that the same runs can go on for more epochs."
+    ),
 ]
 
 
@@ -78,6 +133,15 @@ def tune(
     spec: SpecFile = None,
     data_dir: DataDir = Path("data"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Store the plan and stop; `bpf worker` trains it.")
+    ] = False,
+    workers: Workers = "auto",
+    max_hours: MaxHours = None,
+    storage: Storage = None,
+    experiment_name: ExperimentName = None,
+    checkpoints: Checkpoints = None,
+    keep_checkpoints: KeepCheckpoints = False,
     checkpoint_every: CheckpointEvery = 30.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -86,18 +150,22 @@ def tune(
 
     What you fix is not tuned. A list is given as `--lr 1e-3,1e-2` or by repeating the option.
     """
+    effort = _effort(workers, None, checkpoint_every, max_hours)
     from bpf import api, console
 
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
-    experiment = api.open_tune(_new(directory), grid, data_dir)
+    place = _place(storage, experiment_name, checkpoints, keep_checkpoints)
+    experiment = api.open_tune(_new(directory), grid, data_dir, place)
     planned = api.plan(experiment)
     if as_json and dry_run:
         _print_json(planned.as_json())
     elif not as_json and (dry_run or not quiet):
         console.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
-    if not dry_run:
-        _run(experiment, checkpoint_every, quiet or as_json)
+    if plan_only and not dry_run:
+        api.store_plan(experiment, _command())
+    elif not dry_run:
+        _run(experiment, effort, quiet or as_json)
         _show_ranking(experiment, as_json)
 
 
@@ -108,6 +176,8 @@ def train(
     directory: Directory = None,
     spec: SpecFile = None,
     data_dir: DataDir = Path("data"),
+    max_hours: MaxHours = None,
+    keep_checkpoints: KeepCheckpoints = False,
     checkpoint_every: CheckpointEvery = 30.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -115,10 +185,13 @@ def train(
     """Train one network; the same command again goes on where it stopped."""
     from bpf import api
 
+    effort = _effort("1", None, checkpoint_every, max_hours)
+
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(run.model_dump(mode='json', exclude={'device'}))[:8]}"
-    experiment = api.open_train(_new(directory or RUNS / name), run, data_dir)
-    _run(experiment, checkpoint_every, quiet or as_json)
+    place = _place(None, None, None, keep_checkpoints)
+    experiment = api.open_train(_new(directory or RUNS / name), run, data_dir, place)
+    _run(experiment, effort, quiet or as_json)
     _show_run(experiment, as_json)
 
 
@@ -129,39 +202,97 @@ def resume(
         Path | None,
         typer.Option(envvar="BPF_DATA_DIR", help="Where data sets live, if they have moved.", metavar="DIR"),
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again whose rule raised.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")] = False,
+    workers: Workers = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where to train now, as in `bpf tune`.", metavar="DEVICE", show_default=False),
+    ] = None,
+    max_hours: MaxHours = None,
+    storage: Storage = None,
     checkpoint_every: CheckpointEvery = 30.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with an experiment where it stopped (by default the newest unfinished one in runs/)."""
     from bpf import api
-    from bpf.experiment import open_experiment
 
-    experiment = open_experiment(directory) if directory else api.newest_unfinished(RUNS)
+    effort = _effort(workers, device, checkpoint_every, max_hours)
+    experiment = _open(directory, storage) if directory else api.newest_unfinished(RUNS)
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
         typer.echo(f"Going on with {experiment.directory}", err=True)
-    _run(experiment, checkpoint_every, quiet or as_json, retry_failed)
+    _run(experiment, effort, quiet or as_json, retry_failed)
     (_show_run if experiment.kind == "train" else _show_ranking)(experiment, as_json)
+
+
+@app.command()
+def worker(
+    directory: Directory = None,
+    storage: Storage = None,
+    experiment_name: ExperimentName = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="BPF_DATA_DIR", help="Where data sets live on this machine.", metavar="DIR", show_default="data"
+        ),
+    ] = None,
+    checkpoints: Checkpoints = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")] = "auto",
+    max_hours: MaxHours = None,
+    checkpoint_every: CheckpointEvery = 30.0,
+    quiet: Quiet = False,
+) -> None:
+    """Help with an experiment from another terminal or machine, until nothing is left to claim.
+
+    Give the experiment's directory where it can be seen, or the `--storage` that its `bpf tune` was given. On another
+    machine without a shared `--checkpoints` folder, a cohort that was begun elsewhere begins anew here.
+    """
+    from bpf import api
+    from bpf.database import Database
+
+    effort, files = _effort("1", device, checkpoint_every, max_hours), None
+    if directory is not None:
+        experiment = _open(directory, storage)
+        files = experiment.files  # which its database does not know if the directory has been moved
+        data_dir = data_dir or experiment.data_dir
+        where, experiment_name = experiment.database, experiment.name
+    elif storage is not None:
+        where = Database.at(storage)
+    else:
+        raise UsageError("Name the experiment's directory, or the --storage that its study is kept in.")
+    with _interruptible("The cells go on with `bpf resume`, or another `bpf worker`."):
+        joined = api.join(where, experiment_name, data_dir, checkpoints, _observer(quiet), effort, files)
+    if not quiet:
+        typer.echo(f"Nothing is left to claim in {joined}.", err=True)
 
 
 @app.command()
 def status(
     directory: Directory = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Show the tracebacks of failed cells.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Show why cells have failed.")] = False,
+    storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """How far an experiment is (by default the newest in runs/)."""
     from bpf import api, console
 
-    experiment = _open(directory)
+    experiment = _open(directory, storage)
     if failed:
         rows = [row for row in api.rows(experiment) if row.state == "failed"]
         if as_json:
             _print_json(
-                [{"cell": row.name, "algorithm": row.rule, "params": row.params, "error": row.error} for row in rows]
+                [
+                    {
+                        "cell": row.name,
+                        "algorithm": row.rule,
+                        "params": row.params,
+                        "cause": row.cause,
+                        "error": row.error,
+                    }
+                    for row in rows
+                ]
             )
         else:
             console.show_failures(rows)
@@ -175,16 +306,73 @@ def status(
 def best(
     directory: Directory = None,
     top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = 10,
+    storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
     from bpf import api, console
 
-    experiment = _open(directory)
+    experiment = _open(directory, storage)
     if as_json:
         _print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
     else:
         console.show_results(api.rows(experiment), experiment.grid.objective, top)
+
+
+@app.command()
+def show(directory: Directory = None, as_json: AsJson = False) -> None:
+    """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
+    from bpf import api, console
+
+    provenance = api.provenance(_open(directory, None))
+    _print_json(provenance) if as_json else console.show_provenance(provenance)
+
+
+@app.command()
+def clean(
+    directory: Directory = None,
+    storage: Storage = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Also those that were kept of finished cells.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what an experiment does not need any more: left-over checkpoints, models, temporary and lock files.
+
+    Results, histories, the best model of each rule, and checkpoints of cells that go on are never touched.
+    """
+    from bpf import api, console
+
+    removed = api.clean(_open(directory, storage), checkpoints, dry_run)
+    _print_json(removed) if as_json else console.show_cleaned(removed, dry_run)
+
+
+@app.command()
+def export(
+    directory: Directory = None,
+    what: Annotated[str, typer.Option(help="results: a row per cell; history: a row per epoch.")] = "results",
+    format_: Annotated[str, typer.Option("--format", help="csv or json.")] = "csv",
+    storage: Storage = None,
+) -> None:
+    """Print every cell, or every epoch of every execution, for other programs."""
+    from bpf import api
+
+    for name, value, known in (("what", what, ("results", "history")), ("format", format_, ("csv", "json"))):
+        if value not in known:
+            raise UsageError(f"--{name} {value}: give {' or '.join(known)}.{did_you_mean(value, known)}")
+    table = api.table(_open(directory, storage), what)
+    if format_ == "json":
+        _print_json(list(table))
+        return
+    import csv
+
+    writer: csv.DictWriter[str] | None = None
+    for record in table:
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(record), restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(record)
 
 
 @app.command()
@@ -261,23 +449,51 @@ def _fail(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def _run(experiment: "Experiment", checkpoint_seconds: float, quiet: bool, retry_failed: bool = False) -> None:
-    from bpf import api, console
-    from bpf.worker import Interrupted, Stop
+def _run(experiment: "Experiment", effort: "Effort", quiet: bool, retry_failed: bool = False) -> None:
+    from bpf import api
 
-    spec = experiment.grid
+    directory = shlex.quote(str(experiment.directory))
+    with _interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun):
+        api.run(experiment, _observer(quiet), _command(), effort, retry_failed)
 
-    def observe(rows: list[Any]) -> console.LiveProgress:
-        return console.LiveProgress(rows, spec.executions_per_trial, spec.objective, quiet)
 
-    command = ["bpf", *sys.argv[1:]]
+def _command() -> list[str]:
+    return ["bpf", *sys.argv[1:]]
+
+
+def _observer(quiet: bool) -> Callable[["Outset"], "LiveProgress"]:
+    from bpf import console
+
+    return lambda outset: console.LiveProgress(outset, quiet)
+
+
+@contextmanager
+def _interruptible(go_on: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Say how to go on after the work was stopped."""
+    from bpf.stopping import Interrupted
+
     try:
-        api.run(experiment, observe, [shlex.join(command)], Stop(), checkpoint_seconds, retry_failed)
-    except Interrupted:
-        raise Interrupted(f"Stopped, and everything is stored. Go on with: bpf resume {experiment.directory}") from None
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}, and everything is stored. {go_on}") from None
     except KeyboardInterrupt:
-        go_on = f"go on with: bpf resume {experiment.directory}" if experiment.begun else "nothing was begun."
-        raise Interrupted(f"Interrupted at once. Nothing finished is lost; {go_on}") from None
+        last = f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun."
+        raise Interrupted(f"Interrupted at once. {last}") from None
+
+
+def _effort(workers: str, device: str | None, checkpoint_every: float, max_hours: float | None) -> "Effort":
+    from bpf.api import Effort
+
+    if workers != "auto" and not (workers.isdecimal() and 1 <= int(workers) <= MAX_WORKERS):
+        raise UsageError(f"--workers {workers}: give auto, or a number from 1 to {MAX_WORKERS}.")
+    return Effort(None if workers == "auto" else int(workers), device, checkpoint_every, max_hours)
+
+
+def _place(storage: str | None, name: str | None, checkpoints: Path | None, keep: bool) -> "Place":
+    from bpf.database import Database
+    from bpf.experiment import Place
+
+    return Place(Database.at(storage) if storage else None, name, checkpoints, keep)
 
 
 def _show_ranking(experiment: "Experiment", as_json: bool) -> None:
@@ -303,11 +519,11 @@ def _show_run(experiment: "Experiment", as_json: bool) -> None:
     _print_json(report) if as_json else console.show_run(report)
 
 
-def _open(directory: Path | None) -> "Experiment":
+def _open(directory: Path | None, storage: str | None) -> "Experiment":
     from bpf import api
     from bpf.experiment import open_experiment
 
-    return open_experiment(directory) if directory else api.newest(RUNS)
+    return open_experiment(directory, _place(storage, None, None, False)) if directory else api.newest(RUNS)
 
 
 def _new(directory: Path) -> Path:

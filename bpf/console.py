@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from bpf.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
 from bpf.grid import Grid
-from bpf.plan import Claim, Row
-from bpf.results import Ranked, Spread, cost, rank, varying, winners
+from bpf.plan import Row
+from bpf.results import Ranked, Spread, rank, varying, winners
 
 if TYPE_CHECKING:
-    from bpf.training import Cohort
+    from bpf.api import Outset
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -25,25 +26,22 @@ SHORT = {"batch_norm": "bn", "bw_init": "feedback", "activation": "act"}
 
 
 class LiveProgress:
-    """Shows how an experiment goes on: a live bar in a terminal, a line every few seconds elsewhere.
+    """Shows how an experiment goes on: live bars in a terminal, a line every few seconds elsewhere.
 
-    The time left is the measured speed of this session applied to the work that is left.
+    Called with the number of a worker and what happened there. The time left is the measured speed of this session
+    applied to the work that is left.
     """
 
-    def __init__(self, rows: Sequence[Row], executions: int, objective: str, quiet: bool = False) -> None:
-        self._objective, self._quiet = objective, quiet
-        open_rows = [row for row in rows if row.state in ("pending", "interrupted", "running")]
-        self._open = {row.key: cost(row.spec, executions) for row in open_rows}
-        self._left, self._spent = sum(self._open.values()), 0.0
-        self._varying = varying(rows)
-        self._total, self._ended = len(rows), len(rows) - len(open_rows)
-        self._start = self._spoke = time.monotonic()
+    def __init__(self, outset: "Outset", quiet: bool = False) -> None:
+        self._outset, self._quiet = outset, quiet
+        self._left, self._spent = outset.cost, 0.0
+        self._ended = outset.total - outset.open
+        self._best = outset.best
+        self._at_work: dict[int, Began] = {}
+        self._shares: dict[int, float] = {}
         self._states: Counter[str] = Counter()
-        self._best: tuple[float, Row] | None = min(
-            ((row.value, row) for row in rows if row.state == "complete" and row.value is not None),
-            key=lambda pair: pair[0],
-            default=None,
-        )
+        self._start = self._spoke = time.monotonic()
+        self._trouble = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -53,8 +51,8 @@ class LiveProgress:
             disable=quiet or not err.is_terminal,
             transient=True,
         )
-        self._cells = self._progress.add_task("cells", total=self._total, completed=self._ended, note="")
-        self._epochs = self._progress.add_task("epochs", total=None, note="", visible=False)
+        self._cells = self._progress.add_task("cells", total=outset.total, completed=self._ended, note="")
+        self._tasks: dict[int, TaskID] = {}
 
     def __enter__(self) -> "LiveProgress":
         self._progress.start()
@@ -63,47 +61,64 @@ class LiveProgress:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def began(self, claim: Claim, epoch: int) -> None:
-        spec = claim.rows[0].spec
-        self._take(claim, epoch / spec["epochs"])
-        count = len(claim.rows)
-        name = f"{claim.rows[0].rule} {spec['arch']} {spec['activation']}, {count} cell{'s' if count > 1 else ''}"
+    def __call__(self, worker: int, event: Event) -> None:
+        if isinstance(event, Began):
+            self._began(worker, event)
+        elif isinstance(event, Trained):
+            self._trained(worker, event)
+        elif isinstance(event, Ended):
+            self._cell_ended(worker, event)
+        elif isinstance(event, Trouble):
+            self._warn(event.text)
+        elif isinstance(event, GivenUp | Left):
+            self._rest(worker)
+        self._progress.update(self._cells, completed=self._ended, note=self._note())
+
+    def _began(self, worker: int, event: Began) -> None:
+        self._rest(worker)
+        self._at_work[worker] = event
+        if worker not in self._tasks:
+            self._tasks[worker] = self._progress.add_task(f"worker {worker}", total=None, note="")
         self._progress.update(
-            self._epochs, total=spec["epochs"], completed=epoch, description="epochs", note=name, visible=True
+            self._tasks[worker], total=event.epochs, completed=event.epoch, note=_cohort(event), visible=True
         )
 
-    def trained(self, claim: Claim, cohort: "Cohort") -> None:
-        self._spent += self._take(claim, 1 / (claim.rows[0].spec["epochs"] - cohort.epoch + 1))
-        self._progress.update(self._epochs, completed=cohort.epoch)
-        self._progress.update(self._cells, note=self._note())
+    def _trained(self, worker: int, event: Trained) -> None:
+        began = self._at_work[worker]
+        share = (event.epoch - began.epoch) / max(1, began.epochs - began.epoch) * began.cost
+        self._spent += share - self._shares.get(worker, 0.0)
+        self._shares[worker] = share
+        note = f"{_cohort(began)}, {event.speed:,.0f} examples/s"
+        self._progress.update(self._tasks[worker], completed=event.epoch, note=note)
         if not self._quiet and not err.is_terminal and time.monotonic() - self._spoke > 30:  # a long cohort
-            self._say(f"{claim.rows[0].rule} {claim.rows[0].spec['arch']}: epoch {cohort.epoch}")
+            self._say(f"{_cohort(began)}: epoch {event.epoch} of {began.epochs}")
 
-    def ended(self, row: Row, state: str, value: float | None) -> None:
+    def _cell_ended(self, worker: int, event: Ended) -> None:
         self._ended += 1
-        self._states[state] += 1
-        self._left -= self._open.pop(row.key, 0.0)
-        if value is not None and (self._best is None or value < self._best[0]):
-            self._best = value, row
-        self._progress.update(self._cells, completed=self._ended, note=self._note())
-        due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._total
+        self._left -= event.cost
+        self._shares[worker] = max(0.0, self._shares.get(worker, 0.0) - event.cost)
+        self._states[event.state] += 1
+        if event.value is not None and (self._best is None or event.value < self._best[0]):
+            self._best = event.value, event.rule
+        due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._outset.total
         if due and not self._quiet and not err.is_terminal:
-            shown = f"{self._objective} {number(value)}" if value is not None else state
-            what = " ".join(filter(None, (row.rule, self._describe(row))))
-            self._say(f"{self._ended}/{self._total} {row.name}: {what}: {shown}")
+            shown = f"{self._outset.objective} {number(event.value)}" if event.value is not None else event.state
+            varying = {name: value for name, value in event.params.items() if name in self._outset.varying}
+            what = " ".join(filter(None, (event.rule, describe(varying))))
+            self._say(f"{self._ended}/{self._outset.total} {event.name}: {what}: {shown}")
 
-    def _describe(self, row: Row) -> str:
-        return describe({name: value for name, value in row.params.items() if name in self._varying})
+    def _rest(self, worker: int) -> None:
+        """The worker has no cohort any more: what it did is done, or will be done again."""
+        self._shares.pop(worker, None)
+        self._at_work.pop(worker, None)
+        if worker in self._tasks:
+            self._progress.update(self._tasks[worker], visible=False)
 
-    def _take(self, claim: Claim, share: float) -> float:
-        """Take a share of what is left of a cohort's work off the total."""
-        taken = 0.0
-        for row in claim.rows:
-            part = share * self._open.get(row.key, 0.0)
-            self._open[row.key] = self._open.get(row.key, 0.0) - part
-            taken += part
-        self._left -= taken
-        return taken
+    def _warn(self, text: str) -> None:
+        """Each trouble once, however often it is told in a row."""
+        if text != self._trouble:
+            self._trouble = text
+            err.print(text, style="yellow", soft_wrap=True, markup=False)
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
@@ -111,13 +126,18 @@ class LiveProgress:
 
     def _note(self) -> str:
         parts = []
-        if self._spent and self._left > 0:
-            left = self._left / self._spent * (time.monotonic() - self._start)
-            parts.append(f"{duration(left)} left")
+        left = self._left - sum(self._shares.values())
+        if self._spent and self._ended < self._outset.total:
+            parts.append(f"{duration(max(0.0, left) / self._spent * (time.monotonic() - self._start))} left")
         if self._best:
-            parts.append(f"best {self._objective} {number(self._best[0])} by {self._best[1].rule}")
+            parts.append(f"best {self._outset.objective} {number(self._best[0])} by {self._best[1]}")
         parts += [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
         return ", ".join(parts)
+
+
+def _cohort(event: Began) -> str:
+    cells = f"{event.cells} cell{'s' if event.cells > 1 else ''}"
+    return f"{event.rule} {event.arch} {event.activation}, {cells}"
 
 
 def say(text: str) -> None:
@@ -225,13 +245,28 @@ def duration(seconds: float) -> str:
 
 
 def show_status(status: dict[str, Any]) -> None:
-    """Cells by state, and how long the rest will take."""
+    """Cells by state, what troubled them, who works on them, and how long the rest will take."""
     cells = status["cells"]
     parts = [f"{count} {state}" for state, count in cells.items() if state != "total" and count]
     say(f"{status['experiment']}: {cells['total']} cells: {', '.join(parts) or 'none planned'}")
+    for cause, states in status["causes"].items():
+        say(f"{CAUSES[cause]}: {', '.join(f'{count} {_now(state)}' for state, count in states.items())}")
+    for worker in status["workers"]:
+        say(f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}")
     left = status["eta_seconds"]
     rest = "finished" if left == 0 else "time left not known yet" if left is None else f"about {duration(left)} left"
     say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
+
+
+CAUSES = {
+    "killed": "worker died",
+    "memory": "out of memory",
+    "exception": "rule raised",
+}
+
+
+def _now(state: str) -> str:
+    return f"now {state}" if state != "failed" else "failed"
 
 
 def show_failures(rows: Sequence[Row]) -> None:
@@ -240,6 +275,46 @@ def show_failures(rows: Sequence[Row]) -> None:
         say(f"{row.name}: {row.rule} {describe(row.params)}\n{row.error}")
     if not rows:
         say("No cell has failed.")
+
+
+def show_provenance(provenance: dict[str, Any]) -> None:
+    """The spec of an experiment and each start of it."""
+    for name in ("experiment", "name", "created", "storage", "checkpoints", "data_dir"):
+        say(f"{name:<12}{provenance[name]}")
+    say("spec")
+    for name, value in provenance["spec"].items():
+        shown = ", ".join(map(word, value)) if isinstance(value, list) else word(value)
+        say(f"  {name:<22}{shown or 'none'}")
+    for session in provenance["sessions"]:
+        say(f"\n{session.get('time', 'earlier')}  {session['command']}")
+        versions = session.get("versions", {})
+        if versions:
+            say(f"  versions    {', '.join(f'{name} {version}' for name, version in versions.items())}")
+        for name, title in (("git", "git"), ("bpf_git", "bpf's git")):
+            if session.get(name):
+                say(f"  {title:<12}{_commit(session[name])}")
+        hardware = session.get("hardware")
+        if hardware:
+            gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"])
+            memory = f"{hardware['memory_gib']} GiB" if hardware["memory_gib"] else "memory unknown"
+            say(f"  hardware    {hardware['host']}: {hardware['cores']} cores of {hardware['cpu']}, {memory}")
+            say(f"  system      {hardware['system']}{f'; GPUs: {gpus}' if gpus else ''}")
+        for name, value in session.get("environment", {}).items():
+            say(f"  {name}={value}")
+
+
+def _commit(git: dict[str, Any]) -> str:
+    changed = f", {git['changed_files']} files changed" if git["dirty"] else ", clean"
+    return f"{git['commit'] or 'no commit yet'} on {git['branch'] or 'no branch'}{changed}"
+
+
+def show_cleaned(removed: dict[str, Any], dry_run: bool) -> None:
+    """What `bpf clean` has removed, or would."""
+    for path in removed["files"]:
+        say(path)
+    count = len(removed["files"])
+    done = "would be removed" if dry_run else "removed"
+    say(f"{count} file{'s' if count != 1 else ''} {done}, {removed['bytes'] / 2**20:.1f} MiB.")
 
 
 def show_run(report: dict[str, Any]) -> None:

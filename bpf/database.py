@@ -1,72 +1,240 @@
-"""The database file of a study: where SQLite may keep it, and how its transactions take their turn."""
+"""Where a study is kept, SQLite or PostgreSQL: how its transactions take their turn, and what its failures mean."""
 
+import errno
+import hashlib
+import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from filelock import FileLock
 
-from bpf.errors import UsageError
+from bpf.errors import UsageError, did_you_mean
 
 BUSY_SECONDS = 60.0
-_NETWORK_FILE_SYSTEMS = {"afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"}
-ENGINE_URL = "sqlite:///study.db"  # only its kind counts, see `engine_options`
+IDLE_SECONDS = 30
+"""A process that is stopped inside a transaction loses it after this time, so that the others go on (PostgreSQL)."""
+_NETWORK_FILE_SYSTEMS = {
+    *("afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs")
+}
+_SECRETS = ("password", "sslpassword")
+_DISK_FULL = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}
 
 
-def database_path(where: str | Path) -> Path:
-    """The SQLite file that is meant, with its whole path, so that a later `chdir` does no harm."""
-    if isinstance(where, str) and "://" in where:
-        kind, where = where.split("://", 1)
-        if kind != "sqlite":
-            raise UsageError(f"A study is kept in an SQLite file so far, not in {kind!r}; give its path.")
-        where = where.removeprefix("/")
-    path = Path(where).resolve()
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
-    return path
+class LostConnection(Exception):
+    """The server is gone in the middle of a transaction. Optuna tries again what SQLAlchemy's own errors tell it."""
 
 
-def engine_options(path: Path) -> dict[str, Any]:
-    """One connection, which begins no transaction by itself and waits for its turn to write.
+@dataclass(frozen=True)
+class Database:
+    """A place for studies. `url` may hold a password; `str()` and `public` never do."""
 
-    It is opened here and not from a URL, as a path may hold what a URL may not.
-    """
+    url: sa.URL
 
-    def open_file() -> sqlite3.Connection:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA synchronous=NORMAL")  # with WAL, a power cut may lose the last second only
-        return connection
+    @classmethod
+    def at(cls, where: "str | Path | Database") -> "Database":
+        """The database that is meant by a path, an `sqlite:///` URL or a `postgresql://` URL."""
+        if isinstance(where, Database):
+            return where
+        if isinstance(where, Path) or "://" not in where:
+            return cls._file(Path(where))
+        kind, _, rest = where.partition("://")
+        if kind.partition("+")[0] == "sqlite":
+            return cls._file(Path(rest.removeprefix("/")))
+        if kind.partition("+")[0] not in ("postgresql", "postgres"):
+            raise UsageError(
+                f"A study is kept in SQLite or PostgreSQL, not in {kind!r}: give a path, sqlite:///PATH or "
+                f"postgresql://USER@HOST/DATABASE.{did_you_mean(kind, ['postgresql', 'sqlite'])}"
+            )
+        try:
+            url = sa.make_url(f"postgresql+psycopg://{rest}")
+        except (sa.exc.ArgumentError, ValueError):
+            raise UsageError(
+                "The storage URL cannot be read; it is written postgresql://USER@HOST:PORT/DATABASE."
+            ) from None
+        if not url.database:
+            raise UsageError(f"The storage URL {cls(url)} names no database; add /NAME to it.")
+        return cls(url)
 
-    return {"pool_size": 1, "creator": open_file}
+    @classmethod
+    def _file(cls, path: Path) -> "Database":
+        path = path.resolve()  # so that a later `chdir` does no harm
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
+        return cls(sa.URL.create("sqlite", database=str(path)))
+
+    @cached_property
+    def path(self) -> Path | None:
+        """The SQLite file, or None for a server."""
+        return Path(self.url.database or "") if self.url.drivername == "sqlite" else None
+
+    @cached_property
+    def public(self) -> str:
+        """The path or the URL without any password: what may be printed, logged and kept."""
+        if self.path:
+            return str(self.path)
+        # Not `set(password=None)`, which leaves the password as it is.
+        bare = sa.URL.create("postgresql", self.url.username, None, self.url.host, self.url.port, self.url.database)
+        query = {name: value for name, value in self.url.query.items() if name not in _SECRETS}
+        return bare.set(query=query).render_as_string(hide_password=False)
+
+    def __str__(self) -> str:
+        return self.public
+
+    def __repr__(self) -> str:
+        return f"Database({self.public!r})"
+
+    def missing(self) -> bool:
+        """Whether there is no such file; of a server only a connection can tell."""
+        return self.path is not None and not self.path.exists()
+
+    def engine_options(self, reading: bool = False) -> dict[str, Any]:
+        """Few connections, of which none waits for ever and none begins a transaction by itself.
+
+        They are opened here and not from a URL, as a path may hold what a URL may not, and nobody else needs to
+        see a password.
+        """
+        if self.path:
+            return {"pool_size": 1, "creator": partial(_open_file, self.path, reading)}
+        return {"pool_size": 2, "max_overflow": 0, "creator": partial(_open_server, self.url)}
+
+    @property
+    def engine_url(self) -> str:
+        """The kind of engine that `engine_options` are for."""
+        return "sqlite:///study.db" if self.path else "postgresql+psycopg://"
+
+    def connect(self, reading: bool = False) -> sa.Engine:
+        """The engine of our tables: its transactions take SQLite's write lock at once, unless only reading.
+
+        One that reads first and writes later can lose the race for the lock half-way. With `reading` nothing need
+        be writable.
+        """
+        try:
+            engine = sa.create_engine(self.engine_url, **self.engine_options(reading))
+        except ImportError:
+            raise UsageError("PostgreSQL needs psycopg: pip install 'bpf[postgres]'") from None
+
+        if self.path:
+
+            @sa.event.listens_for(engine, "begin")
+            def lock_at_once(connection: sa.Connection) -> None:
+                if not connection.get_execution_options().get("bpf_reading"):
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        @sa.event.listens_for(engine, "handle_error")
+        def end_at_once(context: sa.engine.ExceptionContext) -> None:
+            if context.is_disconnect:
+                raise LostConnection
+
+        return engine
+
+    def take_turn(self, connection: sa.Connection, experiment: str) -> None:
+        """Let one transaction at a time change an experiment, on PostgreSQL as on SQLite.
+
+        So a claim sees whole cohorts, and there is one way to think about both.
+        """
+        if self.path is None:
+            number = int.from_bytes(hashlib.sha256(f"bpf/{experiment}".encode()).digest()[:8], "big", signed=True)
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+
+    @contextmanager
+    def alone(self, locks: Path) -> Iterator[None]:
+        """Let one process at a time make tables."""
+        if self.path:
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / "making-tables"):
+                yield
+            return
+        engine = self.connect()
+        try:
+            with engine.begin() as connection:
+                self.take_turn(connection, "")
+                yield
+        finally:
+            engine.dispose()
+
+    def prepare(self) -> None:
+        """Make the file, with a write-ahead log (the file remembers it), where SQLite's locks can be trusted."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kind = _file_system(self.path.parent, Path("/proc/self/mounts"))
+        if kind in _NETWORK_FILE_SYSTEMS:
+            raise UsageError(
+                f"{self.path} is on a network file system ({kind}), where SQLite cannot lock reliably; "
+                "keep the experiment on a local disk, or its study on a server with "
+                "--storage postgresql://USER@HOST/DATABASE."
+            )
+        with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
 
 
-def connect(path: Path) -> sa.Engine:
-    """The engine of our tables: its transactions take SQLite's write lock at once, unless only reading.
-
-    One that reads first and writes later can lose the race for the lock half-way.
-    """
-    engine = sa.create_engine(ENGINE_URL, **engine_options(path))
-
-    @sa.event.listens_for(engine, "begin")
-    def lock_at_once(connection: sa.Connection) -> None:
-        if not connection.get_execution_options().get("bpf_reading"):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
-
-
-def prepare(path: Path) -> None:
-    """Make the file, with a write-ahead log (the file remembers it), where SQLite's locks can be trusted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = _file_system(path.parent, Path("/proc/self/mounts"))
-    if kind in _NETWORK_FILE_SYSTEMS:
-        raise UsageError(
-            f"{path} is on a network file system ({kind}), where SQLite cannot lock reliably; "
-            "keep the experiment on a local disk."
+def _open_file(path: Path, reading: bool) -> sqlite3.Connection:
+    options: dict[str, Any] = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
+    if reading and not os.access(path.parent, os.W_OK):  # where even a reader could not make its own files
+        live = path.with_name(f"{path.name}-shm").exists()
+        read_only: sqlite3.Connection = sqlite3.connect(
+            f"{path.as_uri()}?{'mode=ro' if live else 'immutable=1'}", uri=True, **options
         )
-    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
+        return read_only
+    connection: sqlite3.Connection = sqlite3.connect(path, **options)
+    connection.execute("PRAGMA synchronous=NORMAL")  # with WAL, a power cut may lose the last second only
+    return connection
+
+
+def _open_server(url: sa.URL) -> Any:
+    import psycopg
+
+    options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
+    defaults = {"connect_timeout": 10, "tcp_user_timeout": 30_000, "application_name": "bpf", "options": options}
+    given = url.get_dialect()().create_connect_args(url)[1]
+    return psycopg.connect(**{**defaults, **given})
+
+
+def cause(error: BaseException) -> str:
+    """What the database said, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error.strerror if isinstance(error, OSError) else error).strip()
+    return text.partition("\n")[0]
+
+
+def disk_is_full(error: BaseException) -> bool:
+    original = _original(error)
+    return cause(error) in _DISK_FULL or getattr(original, "sqlstate", None) == "53100"
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a failure is one that time mends: a lock, a server that restarts, a lost connection, a full disk."""
+    original = _original(error)
+    if disk_is_full(error):
+        return True
+    if isinstance(original, sqlite3.OperationalError):
+        return "locked" in str(original) or "busy" in str(original)
+    state = getattr(original, "sqlstate", None)
+    if state is not None:  # connection, shutdown, resources, deadlock, serialization, idle too long
+        return state[:2] in ("08", "53", "57") or state in ("40001", "40P01", "25P03")
+    return type(original).__module__.startswith("psycopg") and isinstance(original, _psycopg_errors())
+
+
+def _psycopg_errors() -> tuple[type[BaseException], ...]:
+    import psycopg
+
+    return (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+def _original(error: BaseException) -> BaseException:
+    """The driver's own error under what SQLAlchemy and Optuna have made of it."""
+    while True:
+        inner = getattr(error, "orig", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
 
 
 def _file_system(directory: Path, mounts: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class BpfError(Exception):
@@ -21,6 +22,17 @@ class UsageError(BpfError):
 
 class RunError(BpfError):
     """Something failed while running: a full disk, a damaged checkpoint, a rule that raised."""
+
+
+class DiskFull(RunError):
+    """There is no space left to write `path`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"The disk is full: {path} could not be written. Nothing finished is lost; free some space and give the "
+            "same command again."
+        )
+        self.path = path
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

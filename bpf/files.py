@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from bpf.errors import RunError, UsageError
+from bpf.errors import DiskFull, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -21,17 +21,14 @@ def explaining(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise RunError(
-                f"The disk is full: {path} could not be written. Nothing finished is lost; free some space and give "
-                "the same command again."
-            ) from error
+            raise DiskFull(path) from error
         raise UsageError(f"{path} cannot be written: {error.strerror or error}. Choose another directory.") from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write to a temporary file beside `path`, sync it, and put it in place.
 
-    Raises RunError when the disk is full and UsageError when the place cannot be written to.
+    Raises DiskFull when there is no space and UsageError when the place cannot be written to.
     """
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from bpf.errors import UsageError, did_you_mean
 from bpf.fields import choices
 from bpf.plan import Axis, Cell, Value
-from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, digest
+from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, digest, work
 
 if TYPE_CHECKING:
     from bpf.algorithms import Algorithm
@@ -144,13 +144,23 @@ def _skews(grid: GridSpec) -> Iterator[str]:
 
 
 def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Axis]) -> Iterator[Cell]:
+    """The cells of one rule. Those that may be stacked share one validation, as they differ in `PER_RUN` only.
+
+    The grid has validated these values, and checked the only one that must agree with other fields, dropout.
+    """
     shared = grid.model_dump(exclude={*TUNABLE, "executions_per_trial", "options"}) | {"algorithm": name}
+    alike: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {}
     for point in itertools.product(*(axis.values for axis in axes)):
         params = dict(zip((axis.name for axis in axes), point, strict=True))
-        run = RunSpec.model_validate(shared | _fields(name, params))
-        identity = run.identity(rule.unused_parameters)
-        structure = {key: value for key, value in identity.items() if key not in PER_RUN}
-        yield Cell(digest(identity), name, digest(structure), params, run.model_dump(mode="json"))
+        own = {parameter: value for parameter, value in params.items() if parameter in PER_RUN}
+        rest = repr([value for parameter, value in params.items() if parameter not in PER_RUN])
+        if rest not in alike:
+            run = RunSpec.model_validate(shared | _fields(name, params))
+            identity = run.identity(rule.unused_parameters)
+            structure = digest({key: value for key, value in identity.items() if key not in PER_RUN})
+            alike[rest] = identity, structure, run.model_dump(mode="json")
+        identity, structure, spec = alike[rest]
+        yield Cell(digest(identity | own), name, structure, params, spec | own, cost=work(spec))
 
 
 def _fields(name: str, params: Mapping[str, Value]) -> dict[str, Any]:

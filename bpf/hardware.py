@@ -42,18 +42,44 @@ def settle(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def cohort_cells(spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device) -> int:
+def devices(name: str, workers: int | None) -> list[str]:
+    """The device of each worker: of `workers` of them, or of as many as the machine has use for.
+
+    `name` is as in a spec, or several joined by commas. That is one worker for each GPU, or for each processor core
+    that this process may use; more workers share the devices evenly. Raises UsageError if there is no such device.
+    """
+    given = [str(choose_device(one)) for one in name.split(",")]
+    if name == "auto" and given[0].startswith("cuda"):
+        given = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    count = workers or (cores() if given == ["cpu"] else len(given))
+    return [given[number % len(given)] for number in range(count)]
+
+
+def cores() -> int:
+    """Processor cores that this process may use: by its affinity and, in a container, by its quota."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(usable, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or `max`: no quota
+        return usable
+
+
+def cohort_cells(
+    spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device, sharers: int = 1
+) -> int:
     """How many cells of `spec`'s structure to stack, each with `executions` runs.
 
     On a CPU as many runs as keep what a step touches inside this process's share of the last-level cache; on a
-    GPU as many as half of its memory holds. At least one cell. The same machine always gives the same number.
+    GPU as many as half of its memory holds, divided among the workers that share it. At least one cell. The same
+    machine always gives the same number.
     """
     sizes = (inputs, *spec.widths, targets)
     parameters = sum(a * b for a, b in itertools.pairwise(sizes))
     feedback = sum(spec.widths) * targets
     activations = spec.batch_size * (inputs + 3 * sum(spec.widths))
     if device.type == "cuda":
-        budget = int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
+        budget = int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE / sharers)
         per_run = BYTES * ((COPIES + 1) * parameters + feedback + activations)
         limit = MAX_RUNS_GPU
     else:

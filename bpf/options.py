@@ -35,7 +35,7 @@ PANELS = {
         "image_size",
     ),
     "Augmentation": ("brightness", "rotation", "zoom", "translation"),
-    "Execution": ("executions_per_trial", "seed", "device", "trackers"),
+    "Execution": ("executions_per_trial", "seed", "device", "trackers", "tracker_every"),
 }
 ALIASES = {"epochs": "--num-epochs", "trackers": "--tracker", "options": "--option"}
 FLAGS = ("batch_norm", "use_bias", "allow_unstable")

@@ -7,21 +7,20 @@ ever changes inside a transaction that `study.py` opens.
 
 import hashlib
 import itertools
-import json
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import sqlalchemy as sa
 
-from bpf.database import connect
-from bpf.errors import UsageError, did_you_mean
-from bpf.owner import is_alive
+from bpf.errors import UsageError
+from bpf.names import fresh_names
+from bpf.schema import cells, histories
 
-SCHEMA_VERSION = 1
 STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
+OPEN = ("pending", "interrupted", "running")
+KILLS = 3
+"""A cell whose worker has died as often, without getting any further in between, is set aside."""
 
 Value = str | int | float | bool
 Point = tuple[Value, ...]
@@ -31,8 +30,9 @@ Point = tuple[Value, ...]
 class Cell:
     """One point of the grid. `key` is the hash of the whole resolved cell, never an index.
 
-    `params` are the tunable parameters as Optuna shows them, `spec` is everything the training needs, and
-    `structure` is what must be equal for two cells to be trained in one cohort.
+    `params` are the tunable parameters as Optuna shows them, `spec` is everything the training needs,
+    `structure` is what must be equal for two cells to be trained in one cohort, and `cost` is the work of one
+    execution, up to a factor.
     """
 
     key: str
@@ -40,6 +40,7 @@ class Cell:
     structure: str
     params: dict[str, Value]
     spec: dict[str, Any]
+    cost: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,37 @@ class Row(Cell):
     """A cell as it stands in the plan: its place, its state (one of `STATES`), its trial and its outcome.
 
     `attempt` counts how often the trial was claimed; `interrupted` means that nobody trains the cell now and
-    that it goes on, in the same cohort and the same trial, from its checkpoint.
+    that it goes on, in the same cohort and the same trial, from its checkpoint. `cause` is its last trouble:
+    killed, memory or exception. `kills` counts the deaths of its workers since it got further than the epoch
+    `reached`. `max_runs` limits how many runs are stacked with it after such trouble. `result` is that of the
+    executions which are done, which may be fewer than there should be.
     """
 
     ordinal: int
     name: str
     state: str
     cohort: str | None
+    owner: str | None
     attempt: int
     trial_id: int | None
     trial_number: int | None
     value: float | None
     result: dict[str, Any] | None
     error: str | None
+    cause: str | None
+    kills: int
+    reached: int
+    max_runs: int | None
+
+    @property
+    def done(self) -> int:
+        """How many executions are finished."""
+        return len(self.result["executions"]) if self.result and "executions" in self.result else 0
+
+    @property
+    def added(self) -> bool:
+        """Whether executions were added to it after others had finished."""
+        return bool(self.result and self.result.get("added"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,18 @@ class Claim:
     def resumed(self) -> bool:
         """Whether the cohort was begun before, so that there may be a checkpoint of it."""
         return any(row.attempt > 1 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The cells of one rule in one state that had the same trouble: how many, their cost and their seconds."""
+
+    rule: str
+    state: str
+    cause: str | None
+    count: int
+    cost: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -126,104 +157,8 @@ def _union(old: Sequence[Value], new: Sequence[Value]) -> list[Value]:
     return list(dict.fromkeys([*old, *new]))
 
 
-class Json(sa.TypeDecorator[Any]):
-    """JSON as text: a loss may be NaN, which the databases' own JSON types refuse."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
-        return None if value is None else json.dumps(value)
-
-    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
-        return None if value is None else json.loads(value)
-
-
-metadata = sa.MetaData()
-experiments = sa.Table(
-    "bpf_experiment",
-    metadata,
-    sa.Column("name", sa.String(200), primary_key=True),
-    sa.Column("schema_version", sa.Integer, nullable=False),
-    sa.Column("settings", Json, nullable=False),
-)
-rules = sa.Table(
-    "bpf_rules",
-    metadata,
-    sa.Column("experiment", sa.String(200), primary_key=True),
-    sa.Column("rule", sa.String(100), primary_key=True),
-    sa.Column("study_id", sa.Integer, nullable=False),
-    sa.Column("axes", Json, nullable=False),
-)
-cells = sa.Table(
-    "bpf_cells",
-    metadata,
-    sa.Column("experiment", sa.String(200), primary_key=True),
-    sa.Column("key", sa.String(100), primary_key=True),
-    sa.Column("rule", sa.String(100), nullable=False),
-    sa.Column("structure", sa.String(200), nullable=False),
-    sa.Column("params", Json, nullable=False),
-    sa.Column("spec", Json, nullable=False),
-    sa.Column("ordinal", sa.Integer, nullable=False),
-    sa.Column("name", sa.String(100), nullable=False),
-    sa.Column("state", sa.String(20), nullable=False),
-    sa.Column("cohort", sa.String(100)),
-    sa.Column("owner", sa.String(100)),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("trial_id", sa.Integer),
-    sa.Column("trial_number", sa.Integer),
-    sa.Column("value", sa.Double),
-    sa.Column("result", Json),
-    sa.Column("error", sa.Text),
-    sa.UniqueConstraint("experiment", "name"),
-    # A claim asks for the first cell of a state, and for the next ones of its structure.
-    sa.Index("bpf_cells_by_state", "experiment", "state", "ordinal"),
-    sa.Index("bpf_cells_by_structure", "experiment", "structure", "state", "ordinal"),
-)
-_ROW_COLUMNS = [cells.c[field.name] for field in fields(Row)]
-
-
-def add_experiment(connection: sa.Connection, path: Path, name: str, settings: dict[str, Any]) -> None:
-    versions = _versions(connection)
-    if name in versions:
-        raise UsageError(f"The experiment {name!r} exists already in {path}.")
-    for version in versions.values():
-        _check_version(path, version)
-    record = {"name": name, "schema_version": SCHEMA_VERSION, "settings": settings}
-    connection.execute(sa.insert(experiments).values(record))
-
-
-def read_experiment(path: Path, wanted: str | None) -> tuple[str, dict[str, Any]]:
-    """The name and the settings of an experiment, before anything is written into the database."""
-    engine = connect(path)
-    try:
-        with engine.connect().execution_options(bpf_reading=True) as connection:
-            if not sa.inspect(connection).has_table(experiments.name):
-                raise UsageError(f"{path} is a database, but no bpf study.")
-            versions = _versions(connection)
-            name = next(iter(versions)) if wanted is None and len(versions) == 1 else wanted
-            if name is None or name not in versions:
-                said = "has several experiments" if name is None else f"has no experiment {name!r}"
-                raise UsageError(f"{path} {said}." + did_you_mean(name or "", versions))
-            _check_version(path, versions[name])
-            settings = sa.select(experiments.c.settings).where(experiments.c.name == name)
-            return name, connection.execute(settings).scalar_one()
-    finally:
-        engine.dispose()
-
-
-def _versions(connection: sa.Connection) -> dict[str, int]:
-    query = sa.select(experiments.c.name, experiments.c.schema_version)
-    return {record.name: record.schema_version for record in connection.execute(query)}
-
-
-def _check_version(path: Path, version: int) -> None:
-    if version != SCHEMA_VERSION:
-        made_by = "a newer" if version > SCHEMA_VERSION else "an older"
-        raise UsageError(
-            f"{path} was made by {made_by} bpf (format {version}, this one reads {SCHEMA_VERSION}); "
-            "go on with the bpf that made it."
-        )
+_ROW_NAMES = [field.name for field in fields(Row)]
+_ROW_COLUMNS = [cells.c[name] for name in _ROW_NAMES]
 
 
 def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:
@@ -233,52 +168,69 @@ def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -
     new = {cell.key: cell for cell in wanted if cell.key not in known}
     last = connection.scalar(sa.select(sa.func.max(cells.c.ordinal)).where(mine))
     ordinals = itertools.count(0 if last is None else last + 1)
-    names = fresh_names(connection, experiment)
     blank = {"experiment": experiment, "state": "pending", "attempt": 0}
     records = [
         {**blank, **vars(cell), "ordinal": ordinal, "name": name}
-        for cell, ordinal, name in zip(new.values(), ordinals, names, strict=False)
+        for cell, ordinal, name in zip(new.values(), ordinals, free_names(connection, experiment), strict=False)
     ]
     if records:
         connection.execute(sa.insert(cells), records)
     return len(records)
 
 
+def free_names(connection: sa.Connection, experiment: str) -> Iterator[str]:
+    """Endless names that no cell of the experiment has yet."""
+    return fresh_names(connection.scalars(sa.select(cells.c.name).where(cells.c.experiment == experiment)))
+
+
 def take(connection: sa.Connection, experiment: str, size: Callable[[Row], int]) -> list[Row]:
     """An interrupted cohort, whole, or else up to `size(first)` pending cells of one structure.
 
-    A cohort is never mixed anew: its checkpoint holds exactly its members. On PostgreSQL the rows are locked
-    and the ones that another claim has locked are passed over; SQLite has the whole database locked anyway.
+    A cohort is never mixed anew: its checkpoint holds exactly its members.
     """
     query = sa.select(*_ROW_COLUMNS).where(cells.c.experiment == experiment).order_by(cells.c.ordinal)
-    query = query.with_for_update(skip_locked=True)
     interrupted = query.where(cells.c.state == "interrupted")
     for first in _rows(connection, interrupted.limit(1)):
         return list(_rows(connection, interrupted.where(cells.c.cohort == first.cohort)))
     pending = query.where(cells.c.state == "pending")
     for first in _rows(connection, pending.limit(1)):
-        alike = pending.where(cells.c.structure == first.structure)
+        alike = pending.where(cells.c.structure == first.structure, _is(cells.c.max_runs, first.max_runs))
         return list(_rows(connection, alike.limit(max(1, size(first)))))
     return []
 
 
-def update(connection: sa.Connection, experiment: str, where: dict[str, Any], **values: Any) -> int:
+def update(connection: sa.Connection, experiment: str, where: Mapping[str, Any], **values: Any) -> int:
     """Set columns of this experiment's cells that equal `where`; returns how many there were."""
-    equal = [cells.c[column] == value for column, value in where.items()]
+    equal = [_is(cells.c[column], value) for column, value in where.items()]
     change = sa.update(cells).where(cells.c.experiment == experiment, *equal).values(**values)
     return connection.execute(change).rowcount
 
 
-def interrupt_dead(connection: sa.Connection, experiment: str, locks: Path) -> int:
-    """Give up the cells whose owner has died; returns how many there were.
-
-    Only ever called inside a write transaction: two processes that looked at a dead owner's lock at once
-    would each take the other for the living owner.
-    """
+def owners_at_work(connection: sa.Connection, experiment: str) -> list[str]:
     running = sa.select(cells.c.owner).where(cells.c.experiment == experiment, cells.c.state == "running")
-    dead = [token for token in connection.scalars(running.distinct()) if not is_alive(locks, token)]
-    left = {"state": "interrupted", "owner": None}
-    return sum(update(connection, experiment, {"owner": token, "state": "running"}, **left) for token in dead)
+    return list(connection.scalars(running.distinct()))
+
+
+def interrupt(connection: sa.Connection, experiment: str, token: str, blame: bool = True) -> list[Row]:
+    """Take its cells from an owner that has died; returns them as they stand now.
+
+    Whose worker died once goes on from its checkpoint. At the second death without getting further the cells are
+    trained alone, one run at a time, as one of them may need too much memory or crash the process. At the third
+    a cell is set aside. Without `blame` the death does not count.
+    """
+    left = rows(connection, experiment, owner=token, state="running")
+    for row in left:
+        kills = row.kills + blame
+        change: dict[str, Any] = {"owner": None, "kills": kills, "cause": "killed", "state": "interrupted"}
+        if not blame:
+            change["cause"] = row.cause
+        elif kills >= KILLS and len(left) == 1:
+            error = f"It killed its worker {kills} times: a crash of the whole process, or too little memory."
+            change |= {"state": "failed", "error": error}
+        elif kills >= KILLS - 1 and (len(left) > 1 or not row.reached):
+            change |= {"state": "pending", "cohort": None, "max_runs": 1}
+        update(connection, experiment, {"key": row.key}, **change)
+    return [row for old in left for row in rows(connection, experiment, key=old.key)]
 
 
 def rows(connection: sa.Connection, experiment: str, **where: str | None) -> list[Row]:
@@ -289,7 +241,11 @@ def rows(connection: sa.Connection, experiment: str, **where: str | None) -> lis
 
 
 def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Row]:
-    return (Row(**record) for record in connection.execute(query).mappings().all())
+    return (Row(**dict(zip(_ROW_NAMES, record, strict=True))) for record in connection.execute(query).all())
+
+
+def _is(column: sa.Column[Any], value: Any) -> sa.ColumnElement[bool]:
+    return column.is_(None) if value is None else column == value
 
 
 def points(connection: sa.Connection, experiment: str, rule: str, names: Sequence[str]) -> list[Point]:
@@ -298,42 +254,52 @@ def points(connection: sa.Connection, experiment: str, rule: str, names: Sequenc
     return [tuple(params[name] for name in names) for params in connection.scalars(query)]
 
 
-def counts(connection: sa.Connection, experiment: str, rule: str | None) -> dict[str, int]:
-    """How many cells are in each of `STATES`, counted by the database."""
-    query = sa.select(cells.c.state, sa.func.count()).where(cells.c.experiment == experiment)
-    if rule is not None:
-        query = query.where(cells.c.rule == rule)
-    counted = {record[0]: record[1] for record in connection.execute(query.group_by(cells.c.state))}
-    return {state: counted.get(state, 0) for state in STATES}
+def tally(connection: sa.Connection, experiment: str, dead: Collection[str] = ()) -> list[Tally]:
+    """How many cells there are of each rule, state and cause, added up by the database.
+
+    Those that `dead` owners were training count as interrupted.
+    """
+    state: sa.ColumnElement[str] = cells.c.state
+    if dead:
+        state = sa.case((sa.and_(state == "running", cells.c.owner.in_(dead)), "interrupted"), else_=state)
+    by = (cells.c.rule, state.label("standing"), cells.c.cause)
+    sums = (sa.func.coalesce(sa.func.sum(column), 0.0) for column in (cells.c.cost, cells.c.seconds))
+    query = sa.select(*by, sa.func.count(), *sums).where(cells.c.experiment == experiment)
+    query = query.group_by(cells.c.rule, sa.text("standing"), cells.c.cause)
+    return [Tally(*record) for record in connection.execute(query)]
 
 
-def cohort_id(members: Iterable[Cell]) -> str:
-    """The same cells make the same cohort, in whatever order they were claimed."""
-    return hashlib.sha256("\n".join(sorted(cell.key for cell in members)).encode()).hexdigest()[:16]
+def best(connection: sa.Connection, experiment: str, rule: str) -> tuple[str, float] | None:
+    """The key and the value of the best complete cell of a rule, the first of equal ones."""
+    mine = (cells.c.experiment == experiment, cells.c.rule == rule, cells.c.state == "complete")
+    query = sa.select(cells.c.key, cells.c.value).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(1)
+    found = connection.execute(query).first()
+    return None if found is None else (found.key, found.value)
 
 
-_ADJECTIVES = """
-    able amber brave bright brisk calm candid clever cosmic curious daring deft eager early fair fancy fleet
-    gentle glad golden grand happy hardy honest humble jolly keen kind light lively loyal lucid lucky mellow
-    merry mighty neat nimble noble patient placid plucky polite proud quick quiet rapid ready royal serene
-    sharp silent silver smart snug solar sound spry stable steady stout sunny swift tidy tranquil true vivid
-    warm wise witty zesty
-"""
-_ANIMALS = """
-    adder alpaca badger beaver bison bobcat camel caribou cheetah cobra condor cougar crane crow dingo dolphin
-    eagle egret falcon ferret finch fox gecko gibbon hare hawk heron hornet ibex ibis iguana impala jackal
-    jaguar kestrel koala lark lemur leopard lion llama lynx magpie marlin marmot marten mole moose newt ocelot
-    orca osprey otter owl panda parrot pelican puffin puma quail rabbit raven robin salmon seal shrew sparrow
-    stork swan tapir tiger toucan trout turtle viper walrus weasel wombat yak zebra
-"""
+def finished(connection: sa.Connection, experiment: str, keys: Sequence[str]) -> set[str]:
+    """Which of the cells are in none of the `OPEN` states, or not planned at all."""
+    mine = (cells.c.experiment == experiment, cells.c.key.in_(keys), cells.c.state.in_(OPEN))
+    return set(keys) - set(connection.scalars(sa.select(cells.c.key).where(*mine)))
 
 
-def fresh_names(connection: sa.Connection, experiment: str) -> Iterator[str]:
-    """Endless names like `brave-otter-417` that no cell of the experiment has yet."""
-    taken = set(connection.scalars(sa.select(cells.c.name).where(cells.c.experiment == experiment)))
-    adjectives, animals = _ADJECTIVES.split(), _ANIMALS.split()
-    while True:
-        name = f"{secrets.choice(adjectives)}-{secrets.choice(animals)}-{secrets.randbelow(1000)}"
-        if name not in taken:
-            taken.add(name)
-            yield name
+def keep_history(connection: sa.Connection, experiment: str, key: str, records: Any) -> None:
+    where = (histories.c.experiment == experiment, histories.c.key == key)
+    connection.execute(sa.delete(histories).where(*where))
+    connection.execute(sa.insert(histories).values(experiment=experiment, key=key, records=records))
+
+
+def rename_history(connection: sa.Connection, experiment: str, old: str, new: str) -> None:
+    where = (histories.c.experiment == experiment, histories.c.key == old)
+    connection.execute(sa.update(histories).where(*where).values(key=new))
+
+
+def history(connection: sa.Connection, experiment: str, key: str) -> Any:
+    where = (histories.c.experiment == experiment, histories.c.key == key)
+    return connection.scalar(sa.select(histories.c.records).where(*where))
+
+
+def cohort_id(members: Iterable[Row]) -> str:
+    """The same cells, with the same executions left to do, make the same cohort in whatever order."""
+    marks = sorted(f"{row.key}:{row.done}" if row.done else row.key for row in members)
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]

@@ -1,8 +1,7 @@
 """What came out of an experiment: ranked cells, counts and times, as plain values for tables and JSON."""
 
-import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +91,21 @@ def _ranked(row: Row) -> Ranked:
     )
 
 
-def cost(spec: dict[str, Any], executions: int) -> float:
-    """The work of a cell, up to a factor: epochs × examples × weights. Good for shares, not for seconds."""
-    widths = [int(units) for units in spec["arch"].split("-")]
-    weights = sum(a * b for a, b in itertools.pairwise(widths)) + 1000 * (widths[0] + widths[-1])
-    return float(spec["epochs"] * executions * (weights + 20_000))
+def result_columns(row: Row) -> dict[str, Any]:
+    """What came out of a cell as one flat record, with None for what there is not."""
+    columns: dict[str, Any] = {"state": row.state, "cause": row.cause, "objective": row.value, "objective_std": None}
+    columns |= {f"test_{name}{end}": None for name in ("loss", "error") for end in ("", "_std")}
+    columns |= {"executions": row.done, "seconds": row.result.get("seconds") if row.result else None}
+    if row.state == "complete" and row.result is not None:
+        ranked = _ranked(row)
+        columns["objective_std"] = ranked.objective.std
+        for name, spread in ranked.test.items():
+            columns |= {f"test_{name}": spread.mean, f"test_{name}_std": spread.std}
+    return columns
+
+
+def history_columns(execution: int, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One flat record per epoch of an execution, counted from 1."""
+    known = {"execution": execution, "seed": record["seed"], "status": record["status"]}
+    for epoch in range(record["epochs"]):
+        yield {**known, "epoch": epoch + 1, **{name: values[epoch] for name, values in record["history"].items()}}

@@ -5,9 +5,11 @@ Both are frozen pydantic models; the command line, the spec files and the JSON s
 """
 
 import hashlib
+import itertools
 import json
 import re
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -44,9 +46,16 @@ def _check_arch(value: Any) -> str:
     return "-".join(map(str, widths))
 
 
+def _check_interval(value: Any) -> str:
+    found = re.fullmatch(r"0*([1-9]\d{0,8}) *(epochs?|steps?)?", str(value).strip())
+    if not found:
+        raise ValueError("give a number of epochs, such as 5, or of steps, such as 100 steps")
+    return f"{found[1]} steps" if (found[2] or "").startswith("step") else found[1]
+
+
 def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise ValueError("give auto, cpu, cuda, cuda:N or mps")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?(,cuda:\d+)*", value):
+        raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
     return value
 
 
@@ -135,11 +144,15 @@ class Settings(Frozen):
     data_seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of the subset, the validation split and the skew.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
         "auto",
-        description="auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
+        description="auto, cpu, cuda, cuda:N, cuda:0,cuda:1,... or mps; auto takes the GPUs where there are any.",
     )
     trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: _one_or_many(v) if v else ())] = Field(
         (),
-        description="Measurements taken once an epoch: bp_cosine, weight_alignment, gradients, or a plugin's.",
+        description="Measurements on a probe batch: bp_cosine, weight_alignment, gradients, weights, local_loss, "
+        "activations, or a plugin's.",
+    )
+    tracker_every: Annotated[str, BeforeValidator(_check_interval)] = Field(
+        "1", description="How often to measure: every N epochs, or every N steps as in `100 steps`."
     )
     allow_unstable: bool = Field(False, description="Allow combinations known to diverge, such as drtp with relu.")
     options: dict[str, dict[str, Any]] = Field(
@@ -156,6 +169,12 @@ class Settings(Frozen):
             if any(isinstance(one, bool) for one in several) and _is_number(cls, name):
                 raise ValueError(f"{name}: {value!r} is not accepted: it must be a number.")
         return values
+
+    @property
+    def tracking(self) -> tuple[str, int]:
+        """The unit, `epochs` or `steps`, and the interval of the trackers."""
+        number, _, unit = self.tracker_every.partition(" ")
+        return unit or "epochs", int(number)
 
     @property
     def resolved_loss(self) -> LossName:
@@ -240,12 +259,19 @@ class RunSpec(Settings):
         Where a run happens and what is measured on the way are left out, and so are the parameters that mean
         nothing to the rule (`unused`).
         """
-        fields = self.model_dump(exclude={"device", "trackers", "allow_unstable", *unused})
+        fields = self.model_dump(exclude={"device", "trackers", "tracker_every", "allow_unstable", *unused})
         fields |= {"output_loss": self.resolved_loss, "examples_frac": self.examples_frac or 1.0}
         fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
         if self.optimizer not in ("sgd", "nag"):
             del fields["momentum"]
         return fields
+
+
+def work(spec: Mapping[str, Any]) -> float:
+    """The work of one run, up to a factor: epochs × weights. Good for shares, not for seconds."""
+    widths = [int(units) for units in spec["arch"].split("-")]
+    weights = sum(a * b for a, b in itertools.pairwise(widths)) + 1000 * (widths[0] + widths[-1])
+    return float(spec["epochs"] * (weights + 20_000))
 
 
 def digest(value: Any) -> str:

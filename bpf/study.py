@@ -1,123 +1,203 @@
 """The study of an experiment: its plan and one Optuna study per learning rule, in one database.
 
-This is the only module that knows Optuna. Stock `GridSampler`, `optuna-dashboard` and a notebook read what is
-written here as an ordinary grid search, but the cells are handed out by the plan table of `plan.py`, because
-Optuna's own ways re-read every trial for each new one, lose interrupted trials and may begin one twice.
+Stock `GridSampler`, `optuna-dashboard` and a notebook read what is written here as an ordinary grid search, but
+the cells are handed out by the plan table of `plan.py`, because Optuna's own ways re-read every trial for each new
+one, lose interrupted trials and may begin one twice.
 
-Each step (claim, finish, ...) writes our rows and Optuna's in **one** transaction, so that a process killed
-at any moment leaves either both or neither. For this, Optuna's storage is bound to our connection meanwhile.
+Each step (claim, finish, ...) writes our rows and Optuna's in **one** transaction, so that a process killed at any
+moment leaves either both or neither. A failure that time mends is waited out, and the whole step done again.
 """
 
-import errno
 import itertools
-import json
 import math
-import os
-import sqlite3
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
-import numpy as np
-import optuna
 import sqlalchemy as sa
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
-from optuna.samplers import GridSampler
-from optuna.storages import RDBStorage
-from optuna.study import StudyDirection
-from optuna.trial import TrialState
 
-from bpf import database, plan
-from bpf.errors import RunError, UsageError, did_you_mean
-from bpf.owner import Owner, sweep
-from bpf.plan import Axis, Cell, Claim, Point, Row, Value
+from bpf import owner as owners
+from bpf import plan, schema
+from bpf.database import Database, LostConnection, cause, disk_is_full, passes
+from bpf.errors import BpfError, RunError, UsageError, did_you_mean
+from bpf.owner import Owner
+from bpf.plan import Axis, Cell, Claim, Row, Tally, Value
 
-__all__ = ["Axis", "Cell", "Claim", "Owner", "Row", "Study", "Value"]
+if TYPE_CHECKING:
+    from bpf.trials import Trials
+
+__all__ = ["Axis", "Cell", "Claim", "Fenced", "Owner", "Row", "Study", "Tally", "Value"]
+
+PATIENCE_SECONDS = 600.0
+"""How long a worker waits for a database that is away. It waits for a full disk as long as it takes."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Fenced(RunError):
+    """The cell belongs to another process by now; the outcome was not stored."""
+
+
+class _Passing(RunError):
+    """A failure of the database that time mends."""
+
+    full = False
+
+
+def _patient(step: "Callable[Concatenate[Study, P], R]") -> "Callable[Concatenate[Study, P], R]":
+    """Do a step again, as long as the study has patience, when the database fails in a way that passes."""
+
+    @wraps(step)
+    def patiently(self: "Study", *args: P.args, **kwargs: P.kwargs) -> R:
+        began, pause = time.monotonic(), FIRST_PAUSE
+        self._uncertain = False
+        while True:
+            try:
+                return step(self, *args, **kwargs)
+            except _Passing as failure:
+                self._uncertain, self._failed_at = True, time.monotonic()
+                if not self.patience or (not failure.full and time.monotonic() - began > self.patience):
+                    raise RunError(str(failure)) from failure
+                self.on_wait(str(failure))
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    return cast("Callable[Concatenate[Study, P], R]", patiently)
 
 
 class Study:
     """One experiment's cells. Each process opens its own; the threads of one process may share it.
 
-    `locks` is the directory of the owners' lock files, beside the database.
+    `locks` is the directory of this machine's owners' lock files: beside an SQLite file, otherwise in the temporary
+    directory. `patience` is how many seconds to wait for a database that fails in a way that passes; `on_wait` is
+    told each time what the matter is, and may raise to give up.
     """
 
-    def __init__(self, path: Path, experiment: str, settings: dict[str, Any]) -> None:
+    def __init__(self, database: Database, experiment: str, settings: dict[str, Any], trials: "Trials | None") -> None:
+        self.database = database
         self.experiment = experiment
         self.settings = settings
-        self.locks = path.parent / "locks"
-        self._engine = database.connect(path)
-        self._storage = _optuna_storage(path)
-        self._grids: dict[str, tuple[dict[str, list[Value]], dict[Point, int]]] = {}
+        self.locks = _locks(database)
+        self.patience = 0.0
+        self.on_wait: Callable[[str], object] = lambda reason: None
+        self._engine = database.connect(reading=trials is None)
+        self._trials = trials
         self._lock = threading.Lock()
+        self._uncertain = False
+        self._failed_at = -math.inf
 
     @classmethod
-    def create(cls, where: str | Path, experiment: str, settings: dict[str, Any]) -> Self:
-        """A new experiment in the database at `where` (a path or an `sqlite:///` URL), made if need be.
+    def create(cls, where: str | Path | Database, experiment: str, settings: dict[str, Any]) -> Self:
+        """A new experiment in the database at `where` (a path or a URL); a file is made if need be.
 
         Raises `UsageError` if the experiment exists, or if there can be no such database.
         """
-        _check_optuna()
-        path = database.database_path(where)
-        with _explained(path):
-            database.prepare(path)
-            study = cls(path, experiment, settings)
+        from bpf.trials import Trials, check_optuna
+
+        check_optuna()
+        database = Database.at(where)
+        with _explained(database):
+            database.prepare()
+            with database.alone(_locks(database)):
+                trials = Trials(database, create=True)
+                study = cls(database, experiment, settings, trials)
         try:
             with study._transaction() as connection:
-                plan.metadata.create_all(connection)
-                plan.add_experiment(connection, path, experiment, settings)
+                database.take_turn(connection, "")  # whoever makes another experiment makes the same tables
+                schema.metadata.create_all(connection)
+                schema.add_experiment(connection, database, experiment, settings)
         except BaseException:
             study.close()
             raise
         return study
 
     @classmethod
-    def open(cls, where: str | Path, experiment: str | None = None) -> Self:
+    def open(cls, where: str | Path | Database, experiment: str | None = None, reading: bool = False) -> Self:
         """The experiment in the database at `where`; its name may be left out if there is only one.
 
-        Raises `UsageError` if it is not a study database, is one of another version, or has no such
-        experiment.
+        For `reading` no Optuna is needed and nothing is written. Raises `UsageError` if it is not a study
+        database, is one of another version, or has no such experiment.
         """
-        _check_optuna()
-        path = database.database_path(where)
-        if not path.exists():
-            raise UsageError(f"There is no study database {path}.")
-        with _explained(path):
-            name, settings = plan.read_experiment(path, experiment)
-            return cls(path, name, settings)
+        database = Database.at(where)
+        trials = None
+        if not reading:
+            from bpf.trials import Trials, check_optuna
 
-    def plan(self, axes: Mapping[str, Sequence[Axis]], cells: Iterable[Cell]) -> int:
+            check_optuna()
+        if database.missing():
+            raise UsageError(f"There is no study database {database}.")
+        with _explained(database):
+            name, settings = _opened(database, experiment, reading)
+            if not reading:
+                trials = Trials(database)
+            return cls(database, name, settings, trials)
+
+    @classmethod
+    def exists(cls, where: str | Path | Database, experiment: str) -> bool:
+        """Whether a database holds an experiment of this name. Raises `UsageError` if it cannot be read."""
+        database = Database.at(where)
+        with _explained(database):
+            engine = database.connect(reading=True)
+            try:
+                with engine.connect().execution_options(bpf_reading=True) as connection:
+                    return schema.holds(connection, experiment)
+            finally:
+                engine.dispose()
+
+    @_patient
+    def plan(
+        self,
+        axes: Mapping[str, Sequence[Axis]],
+        cells: Iterable[Cell],
+        settings: dict[str, Any] | None = None,
+        reopened: "Mapping[str, Cell] | None" = None,
+        executions: int | None = None,
+    ) -> int:
         """Insert the cells that are not there yet, as pending; returns how many were new.
 
         `axes` gives the parameters of each rule. What they add to the stored axes extends the grid; nothing
-        is ever removed, and no cell runs again. Every point of the extended grid must be planned.
+        is ever removed, and no cell runs again. Every point of the extended grid must be planned. `settings`
+        replace those of the experiment. `reopened` says which cells are to be trained for more epochs and what they
+        become, by their old key; with `executions` the complete cells that have fewer get the missing ones.
         """
         cells = list(cells)
         with self._transaction() as connection:
             for rule, wanted in axes.items():
                 self._extend(connection, rule, wanted)
+            if reopened:
+                self._lengthen(connection, reopened)
+            if executions:
+                self._add_executions(connection, executions)
             new = plan.insert(connection, self.experiment, cells)
             for rule in {cell.rule for cell in cells} | set(axes):
                 self._check_full(connection, rule)
+            if settings is not None:
+                mine = schema.experiments.c.name == self.experiment
+                connection.execute(sa.update(schema.experiments).where(mine).values(settings=settings))
+        self.settings = self.settings if settings is None else settings
         return new
 
+    @_patient
     def claim(self, owner: Owner, size: Callable[[Row], int]) -> Claim | None:
         """Cells to train: an interrupted cohort, or else up to `size(first pending cell)` of its structure.
 
         None if nobody left anything and nothing is pending. `size` must not use the study.
         """
         with self._transaction() as connection:
-            plan.interrupt_dead(connection, self.experiment, self.locks)
+            owners.enroll(connection, self.experiment, owner)
+            mine = plan.rows(connection, self.experiment, owner=owner.token, state="running") if self._uncertain else []
+            if mine:  # claimed before, but the answer was lost
+                return Claim(owner.token, mine[0].cohort or "", mine)
+            self._bury(connection)
             rows = plan.take(connection, self.experiment, size)
             if not rows:
                 return None
@@ -128,39 +208,61 @@ class Study:
             ]
         return Claim(owner.token, cohort, begun)
 
-    def release(self, claim: Claim, *, keep_cohort: bool = True) -> int:
+    @_patient
+    def progressed(self, claim: Claim, epoch: int) -> None:
+        """Note that a cohort that goes on has a checkpoint of `epoch`: deaths before it are forgiven."""
+        with self._transaction() as connection:
+            for row in claim.rows:
+                if epoch > row.reached:
+                    owned = {"key": row.key, "owner": claim.token, "state": "running"}
+                    plan.update(connection, self.experiment, owned, reached=epoch, kills=0)
+
+    @_patient
+    def release(self, claim: Claim, *, max_runs: int | None = None, cause: str | None = None) -> int:
         """Give back what is unfinished of a claim; returns how many cells that are.
 
         They go on in the same trials, which Optuna shows as running meanwhile: so their start time stays,
-        and no stock sampler takes them. Without `keep_cohort` (it did not fit into memory) they become
-        pending, to be put into smaller cohorts and begun anew.
+        and no stock sampler takes them. With `max_runs` they become pending, to be begun anew with no more runs
+        stacked than that; `cause` says why.
         """
         left = {"owner": claim.token, "cohort": claim.cohort, "state": "running"}
-        state = {"state": "interrupted"} if keep_cohort else {"state": "pending", "cohort": None}
+        change: dict[str, Any] = {"state": "interrupted"}
+        if max_runs is not None:
+            change = {"state": "pending", "cohort": None, "max_runs": max_runs, "cause": cause, "kills": 0}
         with self._transaction() as connection:
-            return plan.update(connection, self.experiment, left, owner=None, **state)
+            return plan.update(connection, self.experiment, left, owner=None, **change)
 
-    def finish(self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any]) -> None:
-        """Store the outcome of a cell, `complete` or `diverged`, and end its trial.
+    @_patient
+    def finish(
+        self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any], history: Any = None
+    ) -> None:
+        """Store the outcome of a cell, `complete` or `diverged`, with its history, and end its trial.
 
-        A diverged cell is a result without a value: never the best, never tried again. Raises `RunError` if
+        A diverged cell is a result without a value: never the best, never tried again. Raises `Fenced` if
         the cell is no longer the claim's, and stores nothing then.
         """
         if state not in ("complete", "diverged"):
             raise ValueError(f"A cell finishes as 'complete' or 'diverged', not as {state!r}.")
         if state == "complete" and (value is None or not math.isfinite(value)):
             raise ValueError(f"A complete cell has a finite value, not {value}; did it diverge?")
+        value = value if state == "complete" else None
         with self._transaction() as connection:
-            value = value if state == "complete" else None
-            trial_id = self._settle(connection, claim, key, state=state, value=value, result=result)
-            self._end_trial(trial_id, value, "result", result, _ENDS[state])
+            changed = {"state": state, "value": value, "result": result, "seconds": result.get("seconds")}
+            row = self._settle(connection, claim, key, **changed, error=None, kills=0)
+            if row is not None and row.trial_id is not None:
+                if history is not None:
+                    plan.keep_history(connection, self.experiment, key, history)
+                self._optuna.end(row.trial_id, state, value, result=result)
 
-    def fail(self, claim: Claim, key: str, error: str) -> None:
-        """Store that a cell raised, with the text of its traceback. Fenced like `finish`."""
+    @_patient
+    def fail(self, claim: Claim, key: str, error: str, cause: str = "exception") -> None:
+        """Store that a cell failed: with the text of its traceback, or out of memory. Fenced like `finish`."""
         with self._transaction() as connection:
-            trial_id = self._settle(connection, claim, key, state="failed", error=error)
-            self._end_trial(trial_id, None, "error", error, _ENDS["failed"])
+            row = self._settle(connection, claim, key, state="failed", error=error, cause=cause)
+            if row is not None and row.trial_id is not None:
+                self._optuna.end(row.trial_id, "failed", None, error=error, cause=cause)
 
+    @_patient
     def retry_failed(self) -> int:
         """Make the failed cells pending again; returns how many there were.
 
@@ -168,33 +270,107 @@ class Study:
         """
         with self._transaction() as connection:
             failed = plan.rows(connection, self.experiment, state="failed")
-            names = plan.fresh_names(connection, self.experiment)
-            blank = {"cohort": None, "attempt": 0, "trial_id": None, "trial_number": None, "error": None}
+            names = plan.free_names(connection, self.experiment)
+            blank = {"owner": None, "cohort": None, "attempt": 0, "trial_id": None, "trial_number": None}
+            blank |= {"error": None, "cause": None, "kills": 0, "reached": 0, "max_runs": None}
             for row, name in zip(failed, names, strict=False):
                 plan.update(connection, self.experiment, {"key": row.key}, state="pending", name=name, **blank)
         return len(failed)
 
-    def repair(self) -> int:
-        """Clear up after dead processes, at a start; returns how many cells they left interrupted.
+    @_patient
+    def repair(self, blame: bool = True) -> int:
+        """Clear up after dead processes; returns how many cells they left.
 
+        Without `blame` their deaths do not count against the cells, as when a person has killed them on purpose.
         There is never a half-written cell to mend: see the top of this module.
         """
         with self._transaction() as connection:
-            left = plan.interrupt_dead(connection, self.experiment, self.locks)
-            sweep(self.locks)
+            left = self._bury(connection, blame)
+            if self.database.path:  # elsewhere other experiments' locks lie beside ours
+                owners.sweep(self.locks)
         return left
 
-    def counts(self, rule: str | None = None) -> dict[str, int]:
-        """How many cells are in each state. Only cells whose owner is alive now count as running."""
-        with self._transaction() as connection:
-            plan.interrupt_dead(connection, self.experiment, self.locks)
-            return plan.counts(connection, self.experiment, rule)
+    @contextmanager
+    def renewing(self, owner: Owner) -> Iterator[None]:
+        """Keep the owner's lease alive meanwhile, in a thread; where the lock alone decides there is none."""
+        if self.database.path:
+            yield
+            return
+        stop = threading.Event()
 
+        def renew() -> None:
+            while not stop.wait(owners.RENEW_SECONDS):
+                lost = owner.lost  # of the token that is renewed: the owner may get another one meanwhile
+                try:
+                    with self._engine.begin() as connection:
+                        if not owners.renew(connection, self.experiment, owner):
+                            lost.set()
+                except (sa.exc.DBAPIError, LostConnection):  # it comes back, or the lease runs out
+                    self._failed_at = time.monotonic()
+
+        thread = threading.Thread(target=renew, name="bpf-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @_patient
+    def retire(self, owner: Owner) -> None:
+        """Note that an owner ends its work; what it has not released counts as interrupted from here on."""
+        with self._transaction() as connection:
+            owners.retire(connection, self.experiment, owner.token)
+
+    @_patient
+    def counts(self, rule: str | None = None) -> dict[str, int]:
+        """How many cells are in each state. Only cells whose owner is alive count as running."""
+        counted = dict.fromkeys(plan.STATES, 0)
+        for tally in self.tally():
+            if rule in (None, tally.rule):
+                counted[tally.state] += tally.count
+        return counted
+
+    @_patient
+    def tally(self) -> list[Tally]:
+        """The cells by rule, state and cause. Those whose owner has died count as interrupted."""
+        with self._reading() as connection:
+            return plan.tally(connection, self.experiment, self._dead(connection))
+
+    @_patient
     def rows(self, state: str | None = None, rule: str | None = None) -> list[Row]:
         """The cells in plan order. It reads all of them: for reports, not for polling."""
         with self._reading() as connection:
-            return plan.rows(connection, self.experiment, state=state, rule=rule)
+            rows = plan.rows(connection, self.experiment, rule=rule)
+            dead = self._dead(connection) if any(row.state == "running" for row in rows) else ()
+        rows = [replace(r, state="interrupted") if r.state == "running" and r.owner in dead else r for r in rows]
+        return [row for row in rows if state in (None, row.state)]
 
+    @_patient
+    def best(self, rule: str) -> tuple[str, float] | None:
+        """The key and value of the best complete cell of a rule."""
+        with self._reading() as connection:
+            return plan.best(connection, self.experiment, rule)
+
+    @_patient
+    def finished(self, keys: Iterable[str]) -> set[str]:
+        """Which of the cells will not be trained any more."""
+        with self._reading() as connection:
+            return plan.finished(connection, self.experiment, list(keys))
+
+    @_patient
+    def history(self, key: str) -> Any:
+        """What `finish` was given as the history of a cell, or None."""
+        with self._reading() as connection:
+            return plan.history(connection, self.experiment, key)
+
+    @_patient
+    def workers(self) -> list[dict[str, Any]]:
+        """Who works on the experiment now: `token`, `pid`, `machine`, `facts`, `began`."""
+        with self._reading() as connection:
+            return owners.living(connection, self.experiment, self.locks if self.database.path else None)
+
+    @_patient
     def axes(self, rule: str) -> list[Axis]:
         """The parameters of a rule, with every value that was ever planned."""
         with self._reading() as connection:
@@ -205,7 +381,7 @@ class Study:
 
     def search_space(self, rule: str) -> dict[str, list[Value]]:
         """What `optuna.samplers.GridSampler` needs to read the rule's Optuna study as its own grid."""
-        return _space(self.axes(rule))
+        return {axis.name: list(axis.values) for axis in self.axes(rule)}
 
     def study_name(self, rule: str) -> str:
         """The name under which `optuna.load_study` finds the trials of a rule."""
@@ -222,24 +398,26 @@ class Study:
     ) -> None:
         self.close()
 
+    @property
+    def _optuna(self) -> "Trials":
+        assert self._trials is not None, "a study that was opened for reading"
+        return self._trials
+
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        """One write transaction for our tables and for Optuna's."""
-        with self._lock, _failing(), self._engine.begin() as connection:
-            sessions = self._storage.scoped_session
-            sessions.configure(bind=connection, join_transaction_mode="create_savepoint")
-            try:
+        """One write transaction for our tables and for Optuna's; one at a time per experiment."""
+        with self._lock, _failing(self.database), self._engine.begin() as connection:
+            self.database.take_turn(connection, self.experiment)
+            with self._optuna.within(connection):
                 yield connection
-            finally:
-                sessions.remove()
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with self._lock, _failing(), self._engine.connect() as connection:
+        with self._lock, _failing(self.database), self._engine.connect() as connection:
             yield connection.execution_options(bpf_reading=True)
 
     def _stored(self, connection: sa.Connection) -> dict[str, tuple[int, list[Axis]]]:
-        query = sa.select(plan.rules).where(plan.rules.c.experiment == self.experiment)
+        query = sa.select(schema.rules).where(schema.rules.c.experiment == self.experiment)
         return {
             record.rule: (record.study_id, [Axis(**axis) for axis in record.axes])
             for record in connection.execute(query)
@@ -257,26 +435,40 @@ class Study:
         after = [axis.extended(added[axis.name]) for axis in before]
         where = {"experiment": self.experiment, "rule": rule}
         if study_id is None:
-            study_id = self._new_optuna_study(rule)
+            study_id = self._optuna.new_study(self.study_name(rule))
             record = {**where, "study_id": study_id, "axes": [asdict(axis) for axis in after]}
-            connection.execute(sa.insert(plan.rules).values(record))
+            connection.execute(sa.insert(schema.rules).values(record))
         elif after != before:
-            change = sa.update(plan.rules).where(*(plan.rules.c[name] == where[name] for name in where))
+            change = sa.update(schema.rules).where(*(schema.rules.c[name] == where[name] for name in where))
             connection.execute(change.values(axes=[asdict(axis) for axis in after]))
-            _rewrite_trials(connection, study_id, before, after)
+            self._optuna.extend(connection, study_id, before, after)
 
-    def _new_optuna_study(self, rule: str) -> int:
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            return self._storage.create_new_study([StudyDirection.MINIMIZE], self.study_name(rule))
-        finally:
-            optuna.logging.set_verbosity(verbosity)
+    def _lengthen(self, connection: sa.Connection, reopened: Mapping[str, Cell]) -> None:
+        """Make cells those of longer runs. The complete ones go on from the checkpoint of their cohort."""
+        going_on = []
+        for row in plan.rows(connection, self.experiment):
+            if row.key not in reopened:
+                continue
+            change: dict[str, Any] = {k: v for k, v in vars(reopened[row.key]).items() if k not in ("rule", "params")}
+            if row.state == "complete" and ran_to_the_end(row):
+                change |= {"state": "interrupted", "value": None, "result": None, "seconds": None}
+                going_on.append(row.trial_id)
+            plan.update(connection, self.experiment, {"key": row.key}, **change)
+            plan.rename_history(connection, self.experiment, row.key, reopened[row.key].key)
+        self._optuna.reopen(connection, [trial_id for trial_id in going_on if trial_id is not None])
+
+    def _add_executions(self, connection: sa.Connection, executions: int) -> None:
+        """Open the complete cells that have fewer executions; they keep the results of those they have."""
+        short = [row for row in plan.rows(connection, self.experiment, state="complete") if row.done < executions]
+        for row in short:
+            blank = {"state": "pending", "cohort": None, "value": None, "reached": 0}
+            plan.update(connection, self.experiment, {"key": row.key}, **blank)
+        self._optuna.reopen(connection, [row.trial_id for row in short if row.trial_id is not None])
 
     def _check_full(self, connection: sa.Connection, rule: str) -> None:
         """GridSampler knows only whole grids; one with holes would never be exhausted."""
         _, axes = self._stored(connection)[rule]
-        space = _space(axes)
+        space = {axis.name: list(axis.values) for axis in axes}
         points = plan.points(connection, self.experiment, rule, sorted(space))
         whole = set(itertools.product(*(space[name] for name in sorted(space))))
         if len(points) != len(whole) or set(points) != whole:
@@ -288,160 +480,136 @@ class Study:
 
     def _begin(self, connection: sa.Connection, row: Row, token: str, study_id: int, axes: list[Axis]) -> Row:
         """Give a cell to the owner: with a new trial if it has none, otherwise in its old one."""
-        attempt = row.attempt + 1
+        row = replace(row, state="running", owner=token, attempt=row.attempt + 1)
         if row.trial_id is None:
-            trial_id = self._storage.create_new_trial(study_id, self._template(row, axes))
-            number = connection.scalar(sa.select(_trials.c.number).where(_trials.c.trial_id == trial_id))
+            trial_id, number = self._optuna.begin(connection, row, study_id, axes)
             row = replace(row, trial_id=trial_id, trial_number=number)
         else:
-            self._storage.set_trial_user_attr(row.trial_id, "attempt", attempt)
-        row = replace(row, state="running", attempt=attempt)
-        changed = ("state", "cohort", "attempt", "trial_id", "trial_number")
-        values = {name: getattr(row, name) for name in changed}
-        plan.update(connection, self.experiment, {"key": row.key}, owner=token, **values)
+            self._optuna.note(row.trial_id, attempt=row.attempt)
+        changed = ("state", "cohort", "owner", "attempt", "trial_id", "trial_number")
+        plan.update(connection, self.experiment, {"key": row.key}, **{name: getattr(row, name) for name in changed})
         return row
 
-    def _template(self, row: Row, axes: list[Axis]) -> optuna.trial.FrozenTrial:
-        """A running trial with all that Optuna and GridSampler want to know: so it is one write."""
-        space = _space(axes)
-        if row.rule not in self._grids or self._grids[row.rule][0] != space:
-            self._grids[row.rule] = space, _grid_ids(space)
-        point = tuple(row.params[name] for name in sorted(space))
-        return optuna.create_trial(
-            state=TrialState.RUNNING,
-            params=dict(row.params),
-            distributions={axis.name: _distribution(axis) for axis in axes},
-            user_attrs={"name": row.name, "cell": row.key, "attempt": 1},
-            system_attrs={"search_space": space, "grid_id": self._grids[row.rule][1][point]},
-        )
-
-    def _settle(self, connection: sa.Connection, claim: Claim, key: str, **values: Any) -> int:
-        """End a cell that the claim still owns; returns the trial that is to be ended with it."""
+    def _settle(self, connection: sa.Connection, claim: Claim, key: str, **values: Any) -> Row | None:
+        """End a cell that the claim still owns; returns it, or None if that is done already."""
         row = next(row for row in claim.rows if row.key == key)
         owned = {"key": key, "owner": claim.token, "state": "running"}
-        if plan.update(connection, self.experiment, owned, owner=None, **values) != 1 or row.trial_id is None:
-            raise RunError(
-                f"The cell {row.name} ({key}) is no longer owned by this process; its outcome was not stored."
-            )
-        return row.trial_id
+        if plan.update(connection, self.experiment, owned, **values) == 1:  # `owner` stays: it says who did it
+            return row
+        done = {"key": key, "owner": claim.token, "state": values["state"]}
+        if self._uncertain and plan.rows(connection, self.experiment, **done):  # but the answer was lost
+            return None
+        raise Fenced(f"The cell {row.name} ({key}) is no longer owned by this process; its outcome was not stored.")
 
-    def _end_trial(self, trial_id: int, value: float | None, attribute: str, content: Any, state: TrialState) -> None:
-        try:
-            self._storage.set_trial_user_attr(trial_id, attribute, content)
-            values = None if value is None else [value]
-            self._storage.set_trial_state_values(trial_id, state, values)
-        except (KeyError, UpdateFinishedTrialError):
-            raise RunError(
-                f"Another program has deleted or ended the Optuna trial with the id {trial_id}, "
-                "which bpf was running; the outcome of its cell was not stored."
-            ) from None
+    def _bury(self, connection: sa.Connection, blame: bool = True) -> int:
+        """Take the cells of owners that have died; returns how many there were."""
+        left = 0
+        for token in self._dead(connection):
+            owners.retire(connection, self.experiment, token)
+            for row in plan.interrupt(connection, self.experiment, token, blame):
+                left += 1
+                if row.trial_id is not None and row.state == "failed":
+                    self._optuna.end(row.trial_id, "failed", None, error=row.error, cause=row.cause)
+                elif row.trial_id is not None:
+                    self._optuna.note(row.trial_id, cause=row.cause)
+            if self.database.path:
+                (self.locks / f"{token}.lock").unlink(missing_ok=True)
+        return left
 
-
-def _space(axes: Iterable[Axis]) -> dict[str, list[Value]]:
-    return {axis.name: list(axis.values) for axis in axes}
-
-
-def _grid_ids(space: Mapping[str, Sequence[Value]]) -> dict[Point, int]:
-    """Which id each point (values in the order of the sorted names) has for GridSampler's default seed."""
-    points = list(itertools.product(*(space[name] for name in sorted(space))))
-    np.random.RandomState(0).shuffle(points)
-    return {point: number for number, point in enumerate(points)}
-
-
-def _distribution(axis: Axis) -> BaseDistribution:
-    if axis.low is None or axis.high is None:
-        return CategoricalDistribution(axis.choices or axis.values)
-    if axis.kind == "int":
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
+    def _dead(self, connection: sa.Connection) -> set[str]:
+        tokens = plan.owners_at_work(connection, self.experiment)
+        # After an outage of the database everyone's lease has run out: they need time to renew them.
+        trust_leases = time.monotonic() - self._failed_at > owners.LEASE_SECONDS
+        return owners.dead(
+            connection, self.experiment, tokens, self.locks if self.database.path else None, trust_leases
+        )
 
 
-def _rewrite_trials(connection: sa.Connection, study_id: int, before: Sequence[Axis], after: Sequence[Axis]) -> None:
-    """Tell the trials of a study that its grid has grown. The only place that edits Optuna's tables by SQL.
-
-    Optuna offers no way to do it, and three things stored with each trial describe the whole grid: the
-    search space (GridSampler ignores trials of another one), the grid id (an index into a shuffled list, and
-    the list is another one now), and each parameter's distribution (Optuna refuses trials whose choices
-    differ). A categorical value is stored as its index into the choices; as these are only ever appended to,
-    the index stays right.
-    """
-    mine = sa.select(_trials.c.trial_id).where(_trials.c.study_id == study_id)
-    space = (_system.c.key == "search_space", _system.c.trial_id.in_(mine))
-    connection.execute(sa.update(_system).where(*space).values(value_json=json.dumps(_space(after))))
-
-    old, new = _grid_ids(_space(before)), _grid_ids(_space(after))
-    moved = {str(number): str(new[point]) for point, number in old.items()}
-    grid_id = (_system.c.key == "grid_id", _system.c.trial_id.in_(mine))
-    stored = connection.execute(sa.select(_system.c.trial_id, _system.c.value_json).where(*grid_id)).all()
-    if stored:
-        change = sa.update(_system).where(_system.c.key == "grid_id", _system.c.trial_id == sa.bindparam("at"))
-        records = [{"at": trial_id, "value_json": moved[number]} for trial_id, number in stored]
-        connection.execute(change.values(value_json=sa.bindparam("value_json")), records)
-
-    for axis in after:
-        parameter = (_params.c.param_name == axis.name, _params.c.trial_id.in_(mine))
-        written = distribution_to_json(_distribution(axis))
-        connection.execute(sa.update(_params).where(*parameter).values(distribution_json=written))
+def ran_to_the_end(row: Row) -> bool:
+    """Whether any execution of a finished cell ended because its epochs were over, and not earlier."""
+    executions = (row.result or {}).get("executions", [])
+    return any(execution["epochs"] >= row.spec["epochs"] for execution in executions)
 
 
-# The columns of Optuna's tables that are read or, in `_rewrite_trials`, written here.
-_trials = sa.table("trials", *map(sa.column, ("trial_id", "study_id", "number")))
-_system = sa.table("trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json")))
-_params = sa.table("trial_params", *map(sa.column, ("trial_id", "param_name", "distribution_json")))
-
-# GridSampler takes each of them as visited. Only a complete trial can be the best one.
-_ENDS = {"complete": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
+def _locks(database: Database) -> Path:
+    if database.path:
+        return database.path.parent / "locks"
+    return Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}"
 
 
-_DISK_FAILURES = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
 
 
-def _check_optuna() -> None:
-    """Refuse an Optuna that numbers its grids otherwise: the stored ids would be wrong without a sign."""
-    if optuna.__version__.split(".")[0] != "5":
-        raise UsageError(f"bpf needs optuna 5, but {optuna.__version__} is installed: pip install 'optuna>=5,<6'")
-    space: dict[str, list[Value]] = {"rate": [0.1, 0.2, 0.3], "arch": ["a", "b"]}
-    sampler, no_study = GridSampler(space), cast(optuna.Study, None)
-    for point, number in _grid_ids(space).items():
-        trial = optuna.create_trial(state=TrialState.RUNNING, system_attrs={"grid_id": number})
-        for name, value in zip(sorted(space), point, strict=True):
-            anything = CategoricalDistribution(space[name])
-            if sampler.sample_independent(no_study, trial, name, anything) != value:
-                raise UsageError(
-                    f"optuna {optuna.__version__} numbers the points of a grid differently from optuna 5.0, "
-                    "which bpf was made for: pip install optuna==5.0.0"
-                )
-
-
-def _optuna_storage(path: Path) -> RDBStorage:
-    """Optuna's storage, its tables made if need be. From here on it uses the connections it is bound to."""
-    storage = RDBStorage(database.ENGINE_URL, engine_kwargs=database.engine_options(path))
-    storage.remove_session()
-    storage.engine.dispose()
-    return storage
+def _opened(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
+    """The name and the settings of an experiment, which is brought to this format if need be."""
+    engine = database.connect(reading)
+    try:
+        with engine.connect().execution_options(bpf_reading=True) as connection:
+            name, version = schema.read_experiment(connection, database, experiment)
+        if version < schema.SCHEMA_VERSION:
+            if reading:
+                engine.dispose()
+                engine = database.connect()
+            with engine.begin() as connection:
+                if schema.read_experiment(connection, database, name)[1] < schema.SCHEMA_VERSION:
+                    schema.migrate(connection, (database.path or Path()).parent / "logs")
+        with engine.connect().execution_options(bpf_reading=True) as connection:
+            return name, schema.read_settings(connection, name)
+    finally:
+        engine.dispose()
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(database: Database) -> Iterator[None]:
     """What can be wrong with a database that is opened, in words for its user."""
     try:
         yield
-    except (sa.exc.DBAPIError, sqlite3.Error, OSError) as error:
-        kind = RunError if _cause(error) in _DISK_FAILURES else UsageError
-        raise kind(f"{path} cannot be used as a study database: {_cause(error)}.") from error
-    except (RuntimeError, ImportError, OptunaError) as error:  # Optuna's: its tables' version, a driver
-        raise UsageError(f"{path} cannot be used with this optuna: {error}") from error
+    except BpfError:
+        raise
+    except (sa.exc.SQLAlchemyError, LostConnection, OSError, RuntimeError, ImportError, ValueError) as error:
+        raise _explanation(database, error) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("sqlite3", "psycopg", "optuna")):
+            raise
+        raise _explanation(database, error) from error
+
+
+def _explanation(database: Database, error: BaseException) -> BpfError:
+    if isinstance(error, RuntimeError | ImportError):  # Optuna's: its tables' version, a driver
+        return UsageError(f"{database} cannot be used with this optuna: {error}")
+    if disk_is_full(error):
+        return RunError(f"{database} cannot be used as a study database: {cause(error)}.")
+    if database.path:
+        return UsageError(f"{database} cannot be used as a study database: {cause(error)}.")
+    said = cause(error).rstrip(".")
+    if "password" in said or "authentication" in said:
+        cure = "Check the user and the password; PGPASSWORD or ~/.pgpass keep it out of command lines."
+    elif "does not exist" in said:
+        cure = "Create it on the server, or check the URL."
+    else:
+        cure = "Check that the server runs and can be reached from here."
+    return UsageError(f"The study database {database} cannot be used: {said}. {cure}")
 
 
 @contextmanager
-def _failing() -> Iterator[None]:
+def _failing(database: Database) -> Iterator[None]:
     try:
         yield
-    except (sa.exc.DBAPIError, OptunaError) as error:
-        raise RunError(f"The study database failed: {_cause(error)}.") from error
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error.strerror if isinstance(error, OSError) else error)
+    except BpfError:
+        raise
+    except Exception as error:
+        if not isinstance(error, sa.exc.SQLAlchemyError | LostConnection) and not type(error).__module__.startswith(
+            ("optuna", "sqlite3", "psycopg")
+        ):
+            raise
+        if not passes(error):
+            raise RunError(f"The study database failed: {cause(error)}.") from error
+        failure = _Passing(f"The study database failed: {cause(error)}.")
+        failure.full = disk_is_full(error)
+        raise failure from error

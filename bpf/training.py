@@ -3,7 +3,8 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from bpf.data.cache import Data
 from bpf.feed import Feed, Part
 from bpf.losses import output_loss, squash_for
 from bpf.network import Structure
-from bpf.optim import StackedOptimizer
+from bpf.optim import StackedOptimizer, State
 from bpf.randomness import Dropout, generator, orders
 from bpf.spec import RunSpec
 from bpf.trackers import Probe, Tracker
 
 PROBE_SIZE = 256
-EVALUATION_ROWS = 4096
+EVALUATION_ROWS = 512
 
 Scores = dict[str, float | None]
 
@@ -30,7 +31,9 @@ class Record:
 
     `status` is running, complete or diverged; losses are means per example, errors
     fractions of wrong predictions (None in reconstruction). `train`, `val` and `test` are those of the best epoch,
-    counted from 1; `history` has one entry per epoch.
+    counted from 1; `history` has one entry per epoch. `tracked` has one entry per measurement of the trackers, with the
+    `step` and the `epoch` (a fraction, 0 before training) that they were taken at; they took `tracking_seconds` of
+    `seconds`.
     """
 
     seed: int
@@ -42,7 +45,21 @@ class Record:
     val: Scores | None = None
     test: Scores | None = None
     history: dict[str, list[float]] = field(default_factory=dict)
+    tracked: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
+    tracking_seconds: float = 0.0
+
+
+class Kept(TypedDict):
+    """What is kept of a complete run that has left, on the CPU and without the run axis.
+
+    `best` is its network in its best epoch, by the names of `Network.state()`; `network` and `optimizer` are those of
+    its end, from where it can go on.
+    """
+
+    best: dict[str, Tensor]
+    network: NotRequired[dict[str, Tensor]]
+    optimizer: NotRequired[State]
 
 
 class Cohort:
@@ -51,7 +68,8 @@ class Cohort:
     Give specs that differ in learning rate, weight decay, feedback initialisation, dropout rate and seed only.
     `records` has one `Record` per spec, in the order given, whatever order the runs are stacked in. With `layerwise`
     a rule that allows it updates each layer during the forward pass, which needs no gradient memory for more than
-    one layer; the numbers are the same.
+    one layer; the numbers are the same. With `keep_final` the runs that train for all of their epochs can go on from
+    their end: by `load` in a cohort whose specs have more `epochs`.
     """
 
     def __init__(
@@ -63,12 +81,15 @@ class Cohort:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         layerwise: bool = False,
+        keep_final: bool = False,
     ) -> None:
         self.records = [Record(spec.seed) for spec in specs]
         self.epoch = 0
         self.specs = list(specs)
         self._device, self._dtype = torch.device(device), dtype
         self._layerwise = layerwise and algorithm.layerwise
+        self._keep_final = keep_final
+        self._left: dict[int, Kept] = {}
         self._trackers = trackers or {}
         first = self.specs[0]
         self._feed = Feed(data, first, self._device, dtype)
@@ -86,19 +107,37 @@ class Cohort:
         return not self._stacked
 
     @property
+    def _steps(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self._feed.train) // self.specs[0].batch_size)
+
+    @property
     def examples(self) -> int:
         """Training examples of one epoch of one run."""
         return len(self._feed.train)
+
+    def best_network(self, run: int) -> dict[str, Tensor]:
+        """The network of a complete run's best epoch; `run` counts in the order of the specs.
+
+        Parameters and running statistics on the CPU, by the names of `Network.state()`: weights [out, in], all others
+        [1, units]. Raises KeyError for a run that is not complete.
+        """
+        return self._left[run]["best"]
 
     @torch.no_grad()
     def run_epoch(self) -> None:
         """Train one epoch, measure, and let runs leave that are finished, diverged or no longer improving."""
         start, trained = time.perf_counter(), list(self._stacked)
+        if self.epoch == 0:
+            self._track(0)
         parts = {"": self._train()}
         if len(self._feed.val):
             parts["val_"] = self._evaluate(self._network, self._feed.val)
         self.epoch += 1
-        scores = self._measure()
+        unit, interval = self.specs[0].tracking
+        if unit == "epochs" and self.epoch % interval == 0:
+            self._track(self.epoch * self._steps)
+        scores: dict[str, list[float]] = {}
         for prefix, totals in parts.items():
             losses, errors = totals.tolist()
             scores[f"{prefix}loss"] = losses
@@ -120,20 +159,31 @@ class Cohort:
 
     def state(self) -> dict[str, Any]:
         """Everything a resume needs, as tensors and plain values."""
-        return {
+        state: dict[str, Any] = {
             "epoch": self.epoch,
             "stacked": list(self._stacked),
-            "network": self._network.state(),
-            "optimizer": self._optimizer.state(),
-            "best": self._best,
+            "left": dict(self._left),
             "records": [asdict(record) for record in self.records],
         }
+        if self._stacked:
+            state |= {"network": self._network.state(), "optimizer": self._optimizer.state(), "best": self._best}
+        return state
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state` of a cohort with the same specs."""
+        """Go on from a `state` of a cohort with the same specs, or with the same but for fewer epochs.
+
+        Runs that ended because their epochs did go on if they have more now. Those that stopped early or diverged
+        would have done so with more epochs too, and stay as they are. Raises ValueError if the end of a run that is
+        to go on was not kept.
+        """
         self.epoch = state["epoch"]
         self.records = [Record(**record) for record in state["records"]]
+        self._left = dict(state.get("left", {}))
+        if longer := [run for run in self._stacked if self._can_go_on(run)]:
+            if state["stacked"] or any(self.records[run].epochs != self.epoch for run in longer):
+                raise ValueError("The runs did not end together, so they cannot go on together.")
+            state = state | self._revive(longer)
         position = {run: i for i, run in enumerate(self._stacked)}
         kept = torch.tensor([position[run] for run in state["stacked"]], dtype=torch.int64)
         self._stacked = list(state["stacked"])
@@ -143,6 +193,27 @@ class Cohort:
                 tensor.copy_(state["network"][name])
             self._assemble(network, state["optimizer"])
             self._best = {name: tensor.to(self._device) for name, tensor in state["best"].items()}
+
+    def _can_go_on(self, run: int) -> bool:
+        """Whether a run that has ended would not have with the epochs that its spec has now."""
+        record = self.records[run]
+        return record.status == "complete" and record.epochs < self.specs[run].epochs and not self._is_stale(run)
+
+    def _revive(self, runs: list[int]) -> dict[str, Any]:
+        """Make runs that have left run again; returns the part of a `state` that is their stack."""
+        if lost := [run for run in runs if "network" not in self._left.get(run, ())]:
+            raise ValueError(f"The final state of runs {lost} was not kept, so they cannot train for more epochs.")
+        left = [self._left.pop(run) for run in runs]
+        for run in runs:
+            self.records[run].status, self.records[run].test = "running", None
+        return {
+            "stacked": runs,
+            "network": _stack([kept["network"] for kept in left]),
+            "optimizer": {
+                name: _stack([kept["optimizer"][name] for kept in left]) for name in self._network.parameters
+            },
+            "best": _stack([kept["best"] for kept in left]),
+        }
 
     def _build(self, has_feedback: bool) -> Network:
         first, specs = self.specs[0], [self.specs[run] for run in self._stacked]
@@ -183,12 +254,16 @@ class Cohort:
         augmenting = [generator(seed, "augmentation", self.epoch, self._device) for seed in seeds]
         last = len(self._network.layers) - 1 if self._layerwise else 0
         totals = torch.zeros(2, len(specs), dtype=self._dtype, device=self._device)
-        for rows in torch.split(order, specs[0].batch_size, dim=1):
+        unit, interval = specs[0].tracking
+        every = interval if unit == "steps" else 0
+        for number, rows in enumerate(torch.split(order, specs[0].batch_size, dim=1), self.epoch * self._steps + 1):
             inputs, target, labels = self._feed.batch(self._feed.train, rows, augmenting)
             step = Step(self._network, inputs, target, self._loss, dropout.mask, self._learned)
             self._rule.gradients(step)
             self._optimizer.step(last)
             self._add(totals, step.loss_per_example, step.logits, labels)
+            if every and number % every == 0:
+                self._track(number)
         return totals.div_(order.shape[1])
 
     def _learned(self, layer: Layer) -> None:
@@ -204,26 +279,39 @@ class Cohort:
         """Mean loss and error [2, runs] of networks in use: running statistics, no dropout, no augmentation."""
         totals = torch.zeros(2, network.runs, dtype=self._dtype, device=self._device)
         everything = torch.arange(len(part), device=self._device)
-        for rows in torch.split(everything, max(1, EVALUATION_ROWS // network.runs)):
+        for rows in torch.split(everything, EVALUATION_ROWS):  # of any number of runs, so that sums round alike
             batch = self._feed.batch(part, rows[None])
             inputs, target, labels = (tensor.expand(network.runs, *tensor.shape[1:]) for tensor in batch)
             logits = network.logits(inputs)
             self._add(totals, self._loss(logits, target)[0], logits, labels)
         return totals.div_(len(part))
 
-    def _measure(self) -> dict[str, list[float]]:
-        """Every tracker's values per run, by `tracker/name`."""
+    def _track(self, step: int) -> None:
+        """Append what every tracker measures now to the records of the runs in training."""
         if not self._trackers:
-            return {}
-        order = torch.randperm(len(self._feed.train), generator=generator(self.specs[0].data_seed, "probe"))
-        inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._device))
-        runs = self._network.runs
-        probe = Probe(self._network, self._rule, self._loss, inputs.expand(runs, -1, -1), target.expand(runs, -1, -1))
-        return {
+            return
+        start = time.perf_counter()
+        inputs, target = (tensor.expand(self._network.runs, -1, -1) for tensor in self._probe_batch)
+        probe = Probe(self._network, self._rule, self._loss, inputs, target)
+        values = {
             f"{tracker}/{name}": values.tolist()
             for tracker, instance in self._trackers.items()
             for name, values in instance.measure(probe).items()
         }
+        seconds = (time.perf_counter() - start) / len(self._stacked)
+        for position, run in enumerate(self._stacked):
+            record = self.records[run]
+            record.tracking_seconds += seconds
+            moment = {"step": step, "epoch": step / self._steps}
+            for name, value in (moment | {name: value[position] for name, value in values.items()}).items():
+                record.tracked.setdefault(name, []).append(value)
+
+    @cached_property
+    def _probe_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the probe: a fixed batch of training examples, [1, examples, ...]."""
+        order = torch.randperm(len(self._feed.train), generator=generator(self.specs[0].data_seed, "probe"))
+        inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._device))
+        return inputs, target
 
     def _finite(self, *scores: Tensor) -> list[bool]:
         finite = torch.stack([score.isfinite().all(0) for score in scores]).all(0)
@@ -251,8 +339,12 @@ class Cohort:
             record.objective, record.best_epoch = value, self.epoch
             record.train = _scores(record.history, "")
             record.val = _scores(record.history, "val_")
-        stale = spec.early_stopping and self.epoch - record.best_epoch >= spec.early_stopping
-        return better, bool(stale) or self.epoch >= spec.epochs
+        return better, self._is_stale(run) or self.epoch >= spec.epochs
+
+    def _is_stale(self, run: int) -> bool:
+        """Whether a run has not improved for as long as early stopping allows."""
+        record, patience = self.records[run], self.specs[run].early_stopping
+        return 0 < patience <= record.epochs - record.best_epoch
 
     def _keep_best(self, positions: list[int]) -> None:
         index = torch.tensor(positions, dtype=torch.int64, device=self._device)
@@ -260,14 +352,15 @@ class Cohort:
             self._best[name].index_copy_(0, index, tensor.index_select(0, index))
 
     def _leave(self, positions: list[int]) -> None:
-        """Test the best networks of the runs that finish, and go on with the others only."""
+        """Finish the runs that have not diverged, and go on with the others only."""
         finishing = [p for p in positions if self.records[self._stacked[p]].status != "diverged"]
-        if finishing:
-            scores = self._evaluate(self._best_networks(finishing), self._feed.test).tolist()
-            for i, position in enumerate(finishing):
-                record = self.records[self._stacked[position]]
-                record.test = {"loss": scores[0][i], "error": scores[1][i] if self._feed.classifies else None}
-                record.status = "complete"
+        self._finish(finishing)
+        if self._keep_final:
+            network, optimizer = self._network.state(), self._optimizer.state()
+            for p in (p for p in finishing if not self._is_stale(self._stacked[p])):
+                kept = self._left[self._stacked[p]]
+                kept["network"] = _one(network, p)
+                kept["optimizer"] = {name: _one(state, p) for name, state in optimizer.items()}
         stay = torch.tensor([p for p in range(len(self._stacked)) if p not in set(positions)], dtype=torch.int64)
         self._stacked = [self._stacked[p] for p in stay.tolist()]
         if self._stacked:
@@ -277,6 +370,18 @@ class Cohort:
             }
             self._best = {name: tensor[stay.to(self._device)] for name, tensor in self._best.items()}
             self._assemble(self._network.select(stay), optimizer)
+
+    def _finish(self, positions: list[int]) -> None:
+        """Test the best networks and keep them."""
+        if not positions:
+            return
+        scores = self._evaluate(self._best_networks(positions), self._feed.test).tolist()
+        for i, position in enumerate(positions):
+            run = self._stacked[position]
+            record = self.records[run]
+            record.test = {"loss": scores[0][i], "error": scores[1][i] if self._feed.classifies else None}
+            record.status = "complete"
+            self._left[run] = {"best": _one(self._best, position)}
 
     def _best_networks(self, positions: list[int]) -> Network:
         index = torch.tensor(positions, dtype=torch.int64)
@@ -292,3 +397,13 @@ def _scores(history: dict[str, list[float]], prefix: str) -> Scores | None:
         return None
     error = history.get(f"{prefix}error")
     return {"loss": history[f"{prefix}loss"][-1], "error": error[-1] if error else None}
+
+
+def _one(stacked: dict[str, Tensor], position: int) -> dict[str, Tensor]:
+    """One run's tensors out of stacked ones, as copies on the CPU: a view would keep the whole stack in memory."""
+    return {name: tensor[position].to("cpu", copy=True) for name, tensor in stacked.items()}
+
+
+def _stack(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The opposite of `_one`."""
+    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}

@@ -4,93 +4,118 @@ The study is the truth: whatever runs this loop, and however often it dies, no f
 twice, and an interrupted cohort goes on from its checkpoint to the same numbers.
 """
 
-import math
+import os
 import signal
-import statistics
+import socket
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from types import FrameType
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from bpf import checkpoint
-from bpf.data.cache import Data
-from bpf.errors import BpfError, RunError
-from bpf.experiment import Experiment
-from bpf.files import explaining, write_json
-from bpf.grid import execution
+import bpf
+from bpf import models
+from bpf.claims import ClaimTraining
+from bpf.data.cache import Data, load
+from bpf.database import Database
+from bpf.errors import BpfError, DiskFull, RunError
+from bpf.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
+from bpf.experiment import grid_of, load_rules, load_trackers
+from bpf.files import explaining
 from bpf.hardware import choose_device, cohort_cells, settle
 from bpf.owner import Owner
 from bpf.plan import Claim, Row
 from bpf.spec import RunSpec
-from bpf.study import Study
-from bpf.training import Cohort, Record
+from bpf.stopping import SIGNALS, Interrupted, Stop
+from bpf.study import PATIENCE_SECONDS, Fenced, Study
+from bpf.training import Cohort
 
 CHECKPOINT_SECONDS = 30.0
+FULL_DISK_SECONDS = 5.0
 
 
-class Interrupted(BpfError):
-    """The user or the system asked to stop; everything is stored and released."""
+@dataclass(frozen=True)
+class Job:
+    """What a worker works on, and where; it is pickled, as it goes to other processes.
 
-    exit_code = 130
+    `files` is where checkpoints and models lie; `sharers` is how
+    many workers use the device; `checkpoint_seconds` is the least time between two checkpoints of a cohort. `home` is
+    where relative paths begin, such as that of `folder:images`.
+    """
+
+    storage: Database
+    experiment: str
+    data_dir: Path
+    files: Path
+    device: str = "auto"
+    sharers: int = 1
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    home: Path = field(default_factory=Path.cwd)
+
+    def checkpoint(self, cohort: str) -> Path:
+        return self.files / "checkpoints" / f"{cohort}.pt"
+
+    @property
+    def models(self) -> Path:
+        return self.files / "models"
 
 
-class Observer(Protocol):
-    """Who wants to know how the work goes on."""
+def work(job: Job, connection: Connection) -> None:
+    """The life of a worker process: what happens goes through `connection`, and any answer is a request to stop."""
 
-    def began(self, claim: Claim, epoch: int) -> None:
-        """A cohort starts, or goes on after `epoch`."""
-
-    def trained(self, claim: Claim, cohort: Cohort) -> None:
-        """An epoch of the cohort is done."""
-
-    def ended(self, row: Row, state: str, value: float | None) -> None:
-        """A cell is complete, diverged or failed."""
-
-
-@dataclass
-class Stop:
-    """A request to stop after the current epoch."""
-
-    asked: bool = False
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Ask on the first SIGINT or SIGTERM; the second SIGINT interrupts at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def told_to_stop() -> bool:
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            return connection.poll()
+        except OSError:  # whoever started this process is gone
+            return True
+
+    stop = Stop(also=told_to_stop)
+
+    def tell(event: Event) -> None:
+        try:
+            connection.send(event)
+        except OSError:
+            stop.request()
+
+    for number in SIGNALS:  # Ctrl-C reaches the whole group; whoever started this process decides what it means
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
+    try:
+        os.chdir(job.home)
+        with closing(Study.open(job.storage, job.experiment)) as study:
+            Worker(job, study, tell, stop).run()
+        tell(Left("done"))
+    except Interrupted:
+        tell(Left("stopped"))
+    except BpfError as error:
+        tell(Left("failed", str(error), error.exit_code))
+    except Exception:
+        tell(Left("crashed", traceback.format_exc()))
 
 
 @dataclass
 class Worker:
-    """One process's work on an experiment; `checkpoint_seconds` is the least time between two checkpoints."""
+    """One process's work on an experiment. `data` is loaded if it is not given."""
 
-    experiment: Experiment
+    job: Job
     study: Study
-    data: Data
-    observer: Observer
+    tell: Callable[[Event], None]
     stop: Stop = field(default_factory=Stop)
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    data: Data | None = None
 
     def __post_init__(self) -> None:
-        grid = self.experiment.grid
-        self.device = choose_device(grid.device)
-        self.data = self.data.to(self.device)
-        self._rules, self._trackers = self.experiment.rules(), self.experiment.trackers()
+        grid = grid_of(self.study.settings)
+        self._executions = grid.executions_per_trial
+        self._keep = bool(self.study.settings.get("keep_checkpoints"))
+        self._device = choose_device(self.job.device)
+        data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
+        self._data = data.to(self._device)
+        self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
 
     def run(self) -> None:
         """Train until nothing is pending.
@@ -98,115 +123,189 @@ class Worker:
         Raises Interrupted after a request to stop, and BpfError when the work cannot go on; what was claimed is
         released in either case.
         """
-        settle(self.device)
+        settle(self._device)
+        self.study.patience, self.study.on_wait = PATIENCE_SECONDS, self._wait
         self.study.repair()
         with explaining(self.study.locks):
-            owner = Owner(self.study.locks)
-        with owner:
+            owner = Owner(self.study.locks, self._facts)
+        with owner, self.study.renewing(owner):
+            self._owner = owner
             while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
-                try:
-                    self._train(claim)
-                except BpfError:
-                    self.study.release(claim)
-                    raise
-                except (MemoryError, torch.OutOfMemoryError) as error:
-                    self.study.release(claim)
-                    spec = claim.rows[0].spec
-                    raise RunError(
-                        f"Out of memory training {claim.rows[0].rule} with arch {spec['arch']} and batch_size "
-                        f"{spec['batch_size']} on {self.device}. Use a smaller arch or batch_size."
-                    ) from error
-                except Exception:
-                    self._fail(claim, traceback.format_exc())
+                self._attend(claim)
+            self.study.retire(owner)
         counts = self.study.counts()
         if self.stop.asked and (counts["pending"] or counts["interrupted"]):
-            raise Interrupted("Stopped.")
+            raise self.stop.interruption()
 
-    def _cohort_size(self, row: Row) -> int:
-        spec = RunSpec.model_validate(row.spec)
-        channels, height, width = self.data.shape
-        inputs = channels * height * width
-        targets = inputs if spec.problem_type == "reconstruction" else len(self.data.classes)
-        return cohort_cells(spec, self.experiment.grid.executions_per_trial, inputs, targets, self.device)
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "device": str(self._device),
+            "bpf": bpf.__version__,
+            "torch": torch.__version__,
+        }
 
-    def _train(self, claim: Claim) -> None:
-        keys, cohort = self._begin(claim)
-        self.observer.began(claim, cohort.epoch)
+    def _attend(self, claim: Claim) -> None:
+        """Train a claim, or give it back for a reason."""
+        training: ClaimTraining | None = None
+        try:
+            training = self._open(claim)
+            self._train(training)
+        except Fenced:
+            self.tell(Trouble("Another worker has taken over a cohort here; it is left to that one."))
+            self.tell(GivenUp())
+        except (BpfError, KeyboardInterrupt) as error:
+            with suppress(RunError, Interrupted):  # with the database away, the lock says as much
+                self.study.patience = 0.0
+                self.study.release(claim)
+            raise error
+        except (MemoryError, torch.OutOfMemoryError):
+            self._out_of_memory(claim, training.stacked if training else self._runs(claim))
+        except Exception:
+            self._raised(claim, traceback.format_exc())
+
+    def _open(self, claim: Claim) -> ClaimTraining:
+        path, limit = self.job.checkpoint(claim.cohort), claim.rows[0].max_runs
+        training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
+        if training.epoch:
+            self.study.progressed(claim, training.epoch)
+        return training
+
+    def _runs(self, claim: Claim) -> int:
+        """How many runs of a claim are stacked."""
+        runs = sum(self._executions - row.done for row in claim.rows)
+        return min(runs, claim.rows[0].max_runs or runs)
+
+    def _cohort(self, specs: list[RunSpec]) -> Cohort:
+        rule = self._rules[specs[0].algorithm]
+        return Cohort(specs, rule, self._data, self._trackers, self._device, keep_final=self._keep)
+
+    def _train(self, training: ClaimTraining) -> None:
+        claim, first = training.claim, training.specs[0]
+        shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
+        self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
         saved = time.monotonic()
-        while not cohort.done:
-            cohort.run_epoch()
-            self.observer.trained(claim, cohort)
-            if self.stop.asked or time.monotonic() - saved >= self.checkpoint_seconds:
-                self._save(claim, keys, cohort)
+        while not training.done:
+            began = time.perf_counter()
+            training.run_epoch()
+            speed = training.examples * training.stacked / (time.perf_counter() - began)
+            self.tell(Trained(training.epoch, speed))
+            if self._owner.lost.is_set():
+                raise Fenced("The lease has run out.")
+            if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
+                self._save(training)
                 saved = time.monotonic()
-            if self.stop.asked and not cohort.done:
-                raise Interrupted("Stopped.")
-        if len(keys) > 1:  # a crash between two cells' results must find the others' again
-            self._save(claim, keys, cohort)
-        self._finish(claim, keys, cohort)
+            if self.stop.asked and not training.done:
+                raise self.stop.interruption()
+        if self._keep or len(claim.rows) > 1:  # a crash between two cells' results must find the others' again
+            self._save(training)
+        try:
+            self._finish(training)
+        except Fenced:
+            raise
+        except RunError:  # the database is gone for good: what is trained need not be trained again
+            training.save()
+            raise
 
-    def _begin(self, claim: Claim) -> tuple[list[str], Cohort]:
-        path = self.experiment.checkpoint(claim.cohort)
-        if claim.resumed and path.exists():
-            content = checkpoint.load(path, claim.cohort)
-            with checkpoint.fitting(path):
-                specs = [RunSpec.model_validate(spec) for spec in content["specs"]]
-            cohort = self._cohort(claim, specs)
-            with checkpoint.fitting(path):
-                cohort.load(content["state"])
-            return content["keys"], cohort
-        executions = range(self.experiment.grid.executions_per_trial)
-        cells = [RunSpec.model_validate(row.spec) for row in claim.rows]
-        cohort = self._cohort(claim, [execution(cell, number) for cell in cells for number in executions])
-        return [row.key for row in claim.rows], cohort
+    def _save(self, training: ClaimTraining) -> None:
+        self._write(training.save)
+        self.tell(Saved())
 
-    def _cohort(self, claim: Claim, specs: list[RunSpec]) -> Cohort:
-        return Cohort(specs, self._rules[claim.rows[0].rule], self.data, self._trackers, self.device)
+    def _finish(self, training: ClaimTraining) -> None:
+        for outcome in training.outcomes(lambda row: self.study.history(row.key)):
+            row, result = outcome.row, outcome.result
+            result |= {"device": str(self._device), "examples": training.examples}
+            if outcome.value is not None and outcome.run is not None:
+                self._keep_model(row, outcome.value, training, outcome.run)
+            self.study.finish(training.claim, row.key, outcome.value, outcome.state, result, outcome.history)
+            self._tell_ended(row, outcome.state, outcome.value)
+        self._discard_models(training.claim.rows[0].rule)
+        if not self._keep:
+            self._discard_checkpoint(training.claim)
 
-    def _save(self, claim: Claim, keys: list[str], cohort: Cohort) -> None:
-        checkpoint.save(self.experiment.checkpoint(claim.cohort), claim.cohort, keys, cohort.specs, cohort.state())
+    def _keep_model(self, row: Row, value: float, training: ClaimTraining, run: int) -> None:
+        """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
+        best = self.study.best(row.rule)
+        if best is not None and best[1] <= value:
+            return
+        network = training.network(run)
+        if network is not None:
+            path = models.path_of(self.job.models, row.rule, row.key)
+            spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
+            self._write(lambda: models.save(path, network, spec, shape, classes))
 
-    def _finish(self, claim: Claim, keys: list[str], cohort: Cohort) -> None:
-        executions = len(cohort.records) // len(keys)
-        rows = {row.key: row for row in claim.rows}
-        for number, key in enumerate(keys):
-            if key not in rows:  # finished before a crash
-                continue
-            records = cohort.records[number * executions : (number + 1) * executions]
-            state, value, result = outcome(records)
-            result |= {"device": str(self.device), "examples": cohort.examples}
-            write_json(self.experiment.log(key), [_logged(record) for record in records])
-            self.study.finish(claim, key, value, state, result)
-            self.observer.ended(rows[key], state, value)
+    def _discard_models(self, rule: str) -> None:
+        """Remove the networks of cells that are finished and not the best. One that is not finished may become it."""
+        best = self.study.best(rule)
+        if best is not None:
+            others = models.others(self.job.models, rule, best[0])
+            for key in self.study.finished(others):
+                models.discard(others[key])
+
+    def _out_of_memory(self, claim: Claim, stacked: int) -> None:
+        """Stack half as many runs; if it was one, the cell cannot be trained here."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        spec = claim.rows[0].spec
+        what = (
+            f"Out of memory training {claim.rows[0].rule} with arch {spec['arch']} and batch_size {spec['batch_size']}"
+        )
+        if stacked > 1:
+            self.study.release(claim, max_runs=stacked // 2, cause="memory")
+            self._discard_checkpoint(claim)
+            self.tell(Trouble(f"{what}, {stacked} runs together; it is tried again with {stacked // 2}."))
+            self.tell(GivenUp())
+            return
+        cure = "Use a smaller arch or batch_size."
+        self._fail(claim, f"{what} on {self._device}, one run alone. {cure}", "memory")
+
+    def _raised(self, claim: Claim, trace: str) -> None:
+        """A rule raised: its cell has failed. In a cohort each is tried alone, so that only the guilty one fails."""
+        if len(claim.rows) > 1:
+            self.study.release(claim, max_runs=self._executions, cause="exception")
+            self._discard_checkpoint(claim)
+            self.tell(Trouble(f"{trace.strip().splitlines()[-1]}: its cohort is tried again, each cell alone."))
+            self.tell(GivenUp())
+        else:
+            self._fail(claim, trace, "exception")
+
+    def _fail(self, claim: Claim, error: str, cause: str) -> None:
+        with suppress(Fenced):
+            for row in claim.rows:
+                self.study.fail(claim, row.key, error, cause)
+                self._tell_ended(row, "failed", None)
         self._discard_checkpoint(claim)
 
-    def _fail(self, claim: Claim, trace: str) -> None:
-        for row in claim.rows:
-            self.study.fail(claim, row.key, trace)
-            self.observer.ended(row, "failed", None)
-        self._discard_checkpoint(claim)
+    def _tell_ended(self, row: Row, state: str, value: float | None) -> None:
+        self.tell(
+            Ended(row.key, row.name, row.rule, row.params, state, value, row.cost * (self._executions - row.done))
+        )
 
     def _discard_checkpoint(self, claim: Claim) -> None:
         with suppress(OSError):  # of no more use, and no reason to fail
-            self.experiment.checkpoint(claim.cohort).unlink(missing_ok=True)
+            self.job.checkpoint(claim.cohort).unlink(missing_ok=True)
 
+    def _cohort_size(self, row: Row) -> int:
+        if row.max_runs:
+            return max(1, row.max_runs // self._executions)
+        spec = RunSpec.model_validate(row.spec)
+        channels, height, width = self._data.shape
+        inputs = channels * height * width
+        targets = inputs if spec.problem_type == "reconstruction" else len(self._data.classes)
+        return cohort_cells(spec, self._executions, inputs, targets, self._device, self.job.sharers)
 
-def _logged(record: Record) -> dict[str, Any]:
-    """A record as JSON has it, which knows no numbers that are not finite: null stands for them."""
-    logged = asdict(record)
-    for name, values in record.history.items():
-        logged["history"][name] = [value if math.isfinite(value) else None for value in values]
-    return logged
+    def _wait(self, reason: str) -> None:
+        """Let a person know, and go on waiting unless asked to stop."""
+        self.tell(Trouble(reason))
+        if self.stop.asked:
+            raise self.stop.interruption()
 
-
-def outcome(records: list[Record]) -> tuple[str, float | None, dict[str, Any]]:
-    """A cell's state, value (the mean objective of its executions) and result, without the histories.
-
-    A cell with a diverged execution has diverged: a mean over the others would flatter it.
-    """
-    executions = [{k: v for k, v in asdict(record).items() if k != "history"} for record in records]
-    result = {"executions": executions, "seconds": sum(record.seconds for record in records)}
-    values = [record.objective for record in records if record.status == "complete" and record.objective is not None]
-    if len(values) < len(records):
-        return "diverged", None, result
-    return "complete", statistics.fmean(values), result
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write a file; with the disk full, wait for space."""
+        while True:
+            try:
+                return write()
+            except DiskFull as error:
+                self._wait(f"The disk is full: {error.path} cannot be written. The work goes on when there is space.")
+            time.sleep(FULL_DISK_SECONDS)

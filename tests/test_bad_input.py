@@ -7,15 +7,17 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import urllib.error
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from errno import ENOSPC
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,15 @@ import yaml
 from PIL import Image
 
 import bpf.data.fetching
-import bpf.plan
-from bpf import api, cli, worker
+import bpf.study
+from bpf import cli, worker
+from bpf.events import Event, Trained
 from bpf.experiment import open_experiment
+from bpf.owner import Owner
+from bpf.stopping import Interrupted, Stop
+from bpf.study import Study
+from bpf.supervisor import Supervisor
+from bpf.worker import Job, Worker
 
 TRAIN = "train --dataset digits --algorithm dfa"
 TUNE = "tune --dataset digits --algorithm dfa"
@@ -67,7 +75,11 @@ SAVE = (
     "numpy.savez(PATH, train_images=, train_labels=, test_images=, test_labels=)."
 )
 NO_EXPERIMENT = "There is no experiment in runs. Start one with `bpf tune`, or name its directory."
-EXTEND = "A grid can be extended (lists may grow), not changed. Give another directory, or the same settings."
+EXTEND = (
+    "A grid can be extended (lists, epochs and executions may grow), not changed. "
+    "Give another directory, or the same settings."
+)
+STORAGES = "give a path, sqlite:///PATH or postgresql://USER@HOST/DATABASE."
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.chdir(directory)
     monkeypatch.setenv("COLUMNS", "80")
-    for name in ("BPF_DEBUG", "BPF_DATA_DIR", "BPF_CACHE_DIR"):
+    for name in ("BPF_DEBUG", "BPF_DATA_DIR", "BPF_CACHE_DIR", "BPF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
 
     def unreachable(*address: Any, **options: Any) -> None:
@@ -186,7 +198,11 @@ OPTIONS = {
     f"{TRAIN} --arch {'-'.join(['1'] * 101)}": f"--arch: '{'-'.join(['1'] * 101)}' is not accepted: {UNITS}",
     f"{TUNE} --lr 0.1,,0.2": "--lr: ['0.1,,0.2'] is not accepted: the list is empty or has an empty entry.",
     f"{TUNE} --lr ''": "--lr: [''] is not accepted: the list is empty or has an empty entry.",
-    f"{TRAIN} --device gpu": "--device: 'gpu' is not accepted: give auto, cpu, cuda, cuda:N or mps.",
+    f"{TRAIN} --device gpu": "--device: 'gpu' is not accepted: "
+    "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
+    f"{TUNE} --device cuda:0,cpu": "--device: 'cuda:0,cpu' is not accepted: "
+    "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
+    f"{TRAIN} --device cuda:0,cuda:1": "device cuda:0,cuda:1: a single run is trained on one device. Give one of them.",
     f"{TUNE} --dropout 0.5": DROPOUT,
     f"{TRAIN} --dropout 0.5": DROPOUT,
     f"{TUNE} --objective val_loss": "objective val_loss without lr: val_* objectives tune regularisation and take the "
@@ -237,9 +253,32 @@ OPTIONS = {
     "resume": NO_EXPERIMENT,
     "status": NO_EXPERIMENT,
     "best --json": NO_EXPERIMENT,
-    "resume nowhere": "nowhere is not an experiment: there is no such directory.",
-    "status nowhere": "nowhere is not an experiment: there is no such directory.",
-    "best nowhere": "nowhere is not an experiment: there is no such directory.",
+    "show": NO_EXPERIMENT,
+    "clean": NO_EXPERIMENT,
+    "export": NO_EXPERIMENT,
+    **{
+        f"{command} nowhere": "nowhere is not an experiment: there is no such directory."
+        for command in ("resume", "status", "best", "show", "clean", "export", "worker")
+    },
+    f"{TUNE} --workers 0": "--workers 0: give auto, or a number from 1 to 1024.",
+    f"{TUNE} --workers 1025": "--workers 1025: give auto, or a number from 1 to 1024.",
+    f"{TUNE} --workers=-1 --dry-run": "--workers -1: give auto, or a number from 1 to 1024.",
+    "resume nowhere --workers abc": "--workers abc: give auto, or a number from 1 to 1024.",
+    f"{TUNE} --storage mysql://me@host/db": f"A study is kept in SQLite or PostgreSQL, not in 'mysql': {STORAGES} "
+    "Did you mean 'sqlite'?",
+    "worker --storage postgre://me@host/db": f"A study is kept in SQLite or PostgreSQL, not in 'postgre': {STORAGES} "
+    "Did you mean 'postgresql'?",
+    f"{TUNE} --storage postgresql://me@host": "The storage URL postgresql://me@host names no database; "
+    "add /NAME to it.",
+    f"{TUNE} --storage postgresql://me:secret@host:port/db": "The storage URL cannot be read; it is written "
+    "postgresql://USER@HOST:PORT/DATABASE.",
+    f"{TUNE} --storage sqlite:////": "/ is a directory; the study is a file in it, such as /study.db.",
+    "worker": "Name the experiment's directory, or the --storage that its study is kept in.",
+    "worker --storage sqlite:////nowhere/study.db": "There is no study database /nowhere/study.db.",
+    "export ex --what histories": "--what histories: give results or history. Did you mean 'history'?",
+    "export ex --what x": "--what x: give results or history. Known: history, results.",
+    "export ex --format xml": "--format xml: give csv or json. Known: csv, json.",
+    "export ex --format jsn": "--format jsn: give csv or json. Did you mean 'json'?",
 }
 
 
@@ -270,6 +309,8 @@ COMMAND_LINE = {
     "best --top x": "Invalid value for '--top': Input should be a valid integer, unable to parse string as an integer",
     "resume --checkpoint-every -1": "Invalid value for '--checkpoint-every': "
     "Input should be greater than or equal to 0",
+    "tune --max-hours -1": "Invalid value for '--max-hours': Input should be greater than or equal to 0",
+    "show ex --storage s.db": "No such option: --storage",
 }
 
 
@@ -583,31 +624,23 @@ class Experiments:
     one: Path
 
 
-class Interrupting:
-    """Watches, and asks to stop at the first occasion."""
-
-    def __init__(self, stop: worker.Stop) -> None:
-        self._stop = stop
-
-    def began(self, claim: Any, epoch: int) -> None:
-        pass
-
-    def trained(self, claim: Any, cohort: Any) -> None:
-        self._stop.asked = True
-
-    def ended(self, row: Any, state: str, value: float | None) -> None:
-        pass
+def train_here(supervisor: Supervisor) -> None:
+    """What worker processes do, in this one, where a patch reaches it."""
+    [job, *_] = supervisor.jobs
+    with closing(Study.open(job.storage, job.experiment)) as study:
+        Worker(job, study, partial(supervisor.observe, 1), supervisor.stop).run()
 
 
 def stop_after_an_epoch(directory: Path) -> None:
-    stop = worker.Stop()
+    experiment, stop = open_experiment(directory), Stop()
 
-    @contextmanager
-    def observe(rows: list[Any]) -> Iterator[Interrupting]:
-        yield Interrupting(stop)
+    def tell(event: Event) -> None:
+        if isinstance(event, Trained):
+            stop.request()
 
-    with pytest.raises(worker.Interrupted):
-        api.run(open_experiment(directory), observe, ["bpf", "tune"], stop, 1e9)
+    places = (experiment.database, experiment.name, experiment.data_dir, experiment.files)
+    with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
+        Worker(Job(*places, checkpoint_seconds=1e9), study, tell, stop).run()
 
 
 @pytest.fixture(scope="module")
@@ -616,14 +649,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Experiments:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert exit_code(RUN) == 0
-        patch.setattr(worker.Worker, "run", lambda self: None)
+        patch.setattr(Supervisor, "run", lambda self: None)
         assert exit_code(GRID) == 0
         patch.undo()
         patch.chdir(root)
         (root / "ex").rename(root / "planned")
         shutil.copytree(root / "planned", root / "done")
         shutil.copytree(root / "planned", root / "half")
-        assert exit_code("resume done -q") == 0
+        assert exit_code("resume done -q --workers 1") == 0
         stop_after_an_epoch(root / "half")
     assert list((root / "half/checkpoints").iterdir())
     return Experiments(root / "done", root / "half", root / "planned", root / "one")
@@ -673,11 +706,15 @@ BROKEN_EXPERIMENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "experiment.yaml truncated": (replaced("experiment.yaml", b"format: [1"), f"{DAMAGED} (ParserError)."),
     "experiment.yaml of another program": (replaced("experiment.yaml", b"name: lights\n"), f"{DAMAGED}."),
     "newer format": (
-        edited("format: 1", "format: 9"),
-        "ex/experiment.yaml is of format 9; this bpf reads format 1.",
+        edited("format: 2", "format: 9"),
+        "ex/experiment.yaml is of format 9; this bpf reads format 2.",
     ),
     "field gone": (edited("name: ex", "nam: ex"), f"{DAMAGED} (look at name)."),
-    "wrong types": (edited("commands:", "commands: 5\nx:"), f"{DAMAGED} (look at commands)."),
+    "wrong types": (edited("sessions:", "sessions: 5\nx:"), f"{DAMAGED} (look at sessions)."),
+    "an older format without its commands": (
+        edited("format: 2", "format: 1"),
+        "ex/experiment.yaml is of format 1; this bpf reads format 2.",
+    ),
     "unknown kind": (edited("kind: tune", "kind: walk"), f"{DAMAGED} (look at kind)."),
     "spec that was edited": (
         edited("epochs: 3", "epochs: many"),
@@ -691,7 +728,7 @@ BROKEN_EXPERIMENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "study.db gone": (
         without("study.db"),
-        "ex/study.db is missing, and with it what the logs in ex belong to. "
+        "{work}/ex/study.db is missing, and with it the results of ex. "
         "Put it back, or start anew in another directory.",
     ),
     "study.db garbage": (
@@ -743,8 +780,8 @@ def test_nothing_is_left_to_resume(bpf_: Bpf, made: Experiments, work: Path) -> 
     [
         (("--lr 0.1,0.01", "--lr 0.1"), "  lr: 0.1, 0.01 there, 0.1 now\n"),
         (
-            ("--epochs 3", "--epochs 4 --batch-size 32 --scaler zero_one --tracker gradients"),
-            "  epochs: 3 there, 4 now\n  scaler: standard there, zero_one now\n  trackers: none there, gradients now\n"
+            ("--epochs 3", "--epochs 2 --batch-size 32 --scaler zero_one --tracker gradients"),
+            "  epochs: 3 there, 2 now\n  scaler: standard there, zero_one now\n  trackers: none there, gradients now\n"
             "  batch_size: 64 there, 32 now\n",
         ),
     ],
@@ -766,9 +803,68 @@ def test_a_run_in_the_directory_of_a_grid(bpf_: Bpf, made: Experiments, work: Pa
     refused(bpf_, GRID.replace(" ex ", " one "), expected)
     expected = (
         "one holds an experiment with other settings:\n  lr: 0.001 there, 0.1 now\n"
-        "Give another directory, or the same settings."
+        "A run can be extended (epochs may grow), not changed. Give another directory, or the same settings."
     )
     refused(bpf_, f"{RUN} --lr 0.1", expected)
+
+
+GROWN = "epochs can grow from 3 to 4 only"
+
+
+def test_more_epochs_need_the_checkpoints_that_were_kept(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.done, work / "ex")
+    longer = GRID.replace("--epochs 3", "--epochs 4")
+    expected = (
+        f"{GROWN} where the checkpoints of finished cells were kept (--keep-checkpoints), and those of 2 cells were "
+        "not. Choose another directory."
+    )
+    refused(bpf_, longer, expected)
+    refused(bpf_, f"{longer} --keep-checkpoints", expected)  # too late
+    both = longer.replace("--executions-per-trial 1", "--executions-per-trial 2")
+    refused(bpf_, both, f"{GROWN} on their own, not together with executions_per_trial. Do one after the other.")
+
+
+def test_fewer_executions(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.done, work / "ex")
+    more = GRID.replace("--executions-per-trial 1", "--executions-per-trial 2")
+    assert bpf_(more).code == 0
+    expected = f"ex holds an experiment with other settings:\n  executions_per_trial: 2 there, 1 now\n{EXTEND}"
+    refused(bpf_, GRID, expected)
+
+
+def test_the_parts_of_an_experiment_stay_where_they_are(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.done, work / "ex")
+    (work / "ex/experiment.yaml").write_text((made.done / "experiment.yaml").read_text())
+    cannot = "The experiment in ex cannot be moved: its"
+    study = f"{cannot} study is kept in {work}/ex/study.db, not {work}/other.db."
+    for command in (GRID, "resume ex", "status ex", "best ex", "worker ex", "clean ex", "export ex"):
+        refused(bpf_, f"{command} --storage sqlite:///other.db", study)
+    server = f"{cannot} study is kept in {work}/ex/study.db, not postgresql://me@host/db."
+    refused(bpf_, "resume ex --storage postgresql://me:secret@host/db", server)
+    refused(bpf_, f"{GRID} --experiment other", f"{cannot} name is ex, not other.")
+    refused(bpf_, f"{GRID} --checkpoints shared", f"{cannot} checkpoints lie in ex, not {work}/shared/ex.")
+    assert bpf_(f"status ex --storage {work}/ex/study.db").code == 0
+
+
+def test_a_name_that_is_taken_in_a_shared_study(bpf_: Bpf, work: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervisor, "run", lambda self: None)
+        assert bpf_(f"{GRID} --storage all.db").code == 0
+    expected = "all.db has no experiment 'other'. Known: ex."
+    refused(bpf_, "worker --storage all.db --experiment other", f"{work}/{expected}")
+
+
+def test_nobody_cleans_what_workers_train(bpf_: Bpf, made: Experiments, work: Path) -> None:
+    shutil.copytree(made.half, work / "ex")
+    with closing(open_experiment(work / "ex").open_study()) as study, Owner(study.locks) as owner:
+        claim = study.claim(owner, lambda row: 2)
+        assert claim is not None
+        before = [name for name in tree(work) if "study.db" not in name]
+        expected = "Workers are training in ex. Clean it when they have ended."
+        assert bpf_("clean ex") == Outcome(2, "", f"Error: {expected}\n")
+        assert [name for name in tree(work) if "study.db" not in name] == before
+        study.release(claim)
+    assert bpf_("clean ex").code == 0
 
 
 def test_the_best_before_anything_is_complete(bpf_: Bpf, made: Experiments, work: Path) -> None:
@@ -791,9 +887,13 @@ def test_another_process_trains_there(bpf_: Bpf, made: Experiments, work: Path) 
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        expected = "Another bpf process is training in ex. Wait for it, or watch it with `bpf status ex`."
+        expected = (
+            "Another bpf process is training in ex. Watch it with `bpf status ex`, or help it with `bpf worker ex`."
+        )
         refused(bpf_, "resume ex -q", expected)
         refused(bpf_, GRID, expected)
+        refused(bpf_, "clean ex", expected)
+        refused(bpf_, "clean ex --checkpoints --dry-run --json", expected)
         assert bpf_("status ex").code == 0
         other.communicate("\n")
     assert bpf_("resume ex -q").code == 0
@@ -813,15 +913,53 @@ def unprivileged() -> list[str]:
     return prefix
 
 
+AS_JSON = """
+import io, json, shlex, sys
+from contextlib import redirect_stderr, redirect_stdout
+from bpf import cli
+
+outcomes = []
+for command in sys.argv[1:]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            cli.main(shlex.split(command))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    outcomes.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(outcomes))
+"""
+
+
+def without_privileges(commands: Iterable[str]) -> dict[str, Outcome]:
+    """What comes of the commands in a process that obeys permission bits."""
+    commands = list(commands)
+    done = subprocess.run(
+        [*unprivileged(), sys.executable, "-c", AS_JSON, *commands], capture_output=True, text=True, check=True
+    )
+    return {command: Outcome(*outcome) for command, outcome in zip(commands, json.loads(done.stdout), strict=True)}
+
+
+@contextmanager
+def read_only(root: Path) -> Iterator[None]:
+    """Nothing below `root` may be written meanwhile."""
+    paths = [root, *root.rglob("*")]
+    modes = [path.stat().st_mode for path in paths]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        yield
+    finally:
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+
+
 def test_a_directory_that_may_not_be_written(made: Experiments, work: Path) -> None:
-    prefix = unprivileged()
     shutil.copytree(made.half, work / "ex")
     (work / "closed").mkdir()
     for directory in (work / "ex", work / "ex/checkpoints", work):
         directory.chmod(0o555)
     (work / "closed").chmod(0o000)
     before = (tree(work / "ex"), names(work))
-    script = "import sys; from bpf import cli; cli.main(sys.argv[1:])"
     expected = {
         f"{TUNE} {SMALL} -q": "runs/digits-dfa-loss/running.lock cannot be written: Permission denied. "
         "Choose another directory.",
@@ -829,14 +967,33 @@ def test_a_directory_that_may_not_be_written(made: Experiments, work: Path) -> N
         f"{TRAIN} closed/in": "closed/in cannot be used: Permission denied. Choose another place.",
     }
     try:
-        for command, message in expected.items():
-            done = subprocess.run(
-                [*prefix, sys.executable, "-c", script, *shlex.split(command)], capture_output=True, text=True
-            )
-            assert Outcome(done.returncode, done.stdout, done.stderr) == Outcome(2, "", f"Error: {message}\n")
+        found = without_privileges(expected)
     finally:
         work.chmod(0o755)
+    assert found == {command: Outcome(2, "", f"Error: {message}\n") for command, message in expected.items()}
     assert (tree(work / "ex"), names(work)) == before
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["alone", "while it is trained"])
+def test_an_experiment_that_may_only_be_read_can_be_read(
+    bpf_: Bpf, made: Experiments, work: Path, trained: bool
+) -> None:
+    shutil.copytree(made.done, work / "ex")
+    commands = ("status ex", "best ex --json", "show ex", "export ex --what history")
+    experiment = open_experiment(work / "ex")
+    with closing(experiment.open_study()) as study, Owner(study.locks) as owner:
+        if trained:  # so that the files of the write-ahead log are there
+            assert study.claim(owner, lambda row: 1) is None
+        else:
+            study.close()
+            owner.close()
+        expected = {command: bpf_(command) for command in commands}
+        before = tree(work / "ex")
+        with read_only(work / "ex"):
+            found = without_privileges(commands)
+        assert tree(work / "ex") == before
+    assert found == expected
+    assert {outcome.code for outcome in found.values()} == {0}
 
 
 FULL = (
@@ -845,13 +1002,18 @@ FULL = (
 )
 
 
+WAITING = "The disk is full: {path} cannot be written. The work goes on when there is space.\n"
+ALWAYS = 10**9
+
+
 @contextmanager
-def full_for(pattern: str) -> Iterator[None]:
-    """The disk is full for files whose path matches."""
-    real = os.fsync
+def full_for(pattern: str, times: int = ALWAYS, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The disk is full for files whose path matches, for so many times; `then` is called each time."""
+    real, left = os.fsync, iter(range(times))
 
     def fsync(descriptor: int) -> None:
-        if re.search(pattern, str(Path(f"/proc/self/fd/{descriptor}").readlink())):
+        if re.search(pattern, str(Path(f"/proc/self/fd/{descriptor}").readlink())) and next(left, None) is not None:
+            then()
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         real(descriptor)
 
@@ -861,13 +1023,13 @@ def full_for(pattern: str) -> Iterator[None]:
 
 
 @contextmanager
-def full_database(commits: int) -> Iterator[None]:
-    """The disk is full for databases from the given number of commits on."""
-    left = iter(range(commits))
+def full_database(commits: int, times: int = ALWAYS) -> Iterator[None]:
+    """The disk is full for databases after the given number of commits, for so many times."""
+    fitting, failing = iter(range(commits)), iter(range(times))
 
     class Connection(sqlite3.Connection):
         def commit(self) -> None:
-            if self.in_transaction and next(left, None) is None:
+            if self.in_transaction and next(fitting, None) is None and next(failing, None) is not None:
                 raise sqlite3.OperationalError("database or disk is full")
             super().commit()
 
@@ -877,34 +1039,71 @@ def full_database(commits: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a descriptor's file in /proc")
-@pytest.mark.parametrize(
-    ("start", "pattern", "path"),
-    [
-        ("half", r"checkpoints/\.", "ex/checkpoints/{cohort}.pt"),
-        ("half", r"logs/\.", "ex/logs/{key}.json"),
-        ("half", r"\.experiment\.yaml", "ex/experiment.yaml"),
-        ("", r"\.experiment\.yaml", "ex/experiment.yaml"),
-    ],
-    ids=["checkpoint", "log", "experiment.yaml", "a new experiment.yaml"],
-)
-def test_a_full_disk_loses_nothing(
-    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, start: str, pattern: str, path: str
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids are trained in this process, and nobody waits for long."""
+    monkeypatch.setattr(Supervisor, "run", train_here)
+    monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.0)
+    monkeypatch.setattr(bpf.study, "FIRST_PAUSE", 0.0)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a descriptor's file in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("start", ["half", ""])
+def test_a_full_disk_at_the_start_loses_nothing(
+    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, start: str
 ) -> None:
     if start:
-        shutil.copytree(getattr(made, start), work / "ex")
+        shutil.copytree(made.half, work / "ex")
         checkpoint = next((work / "ex/checkpoints").iterdir())
-        path = path.replace("{cohort}", checkpoint.stem)
-    with full_for(pattern):
+    with full_for(r"\.experiment\.yaml"):
         outcome = bpf_(GRID)
-    path = re.escape(path).replace(re.escape("{key}"), "[0-9a-f]+")
-    assert re.fullmatch(re.escape(f"Error: {FULL}\n").replace(re.escape("{path}"), path), outcome.err)
-    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome == Outcome(1, "", f"Error: {FULL.format(path='ex/experiment.yaml')}\n")
     assert [name for name in tree(work) if re.search(r"/\.[^/]+$", name)] == []
     if start:
         assert json.loads(bpf_("status ex --json").out)["cells"]["interrupted"] == 2
         assert checkpoint.exists()
     assert bpf_("resume ex -q" if start else GRID).code == 0
+    assert results(bpf_) == truth
+
+
+@needs_proc
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("part", ["checkpoints", "models"])
+def test_a_full_disk_while_training_is_waited_for(
+    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, part: str
+) -> None:
+    shutil.copytree(made.half, work / "ex")
+    path = (
+        next((work / "ex/checkpoints").iterdir()) if part == "checkpoints" else work / "ex/models/dfa/KEY.safetensors"
+    )
+    with full_for(rf"{part}/(dfa/)?\.", 3):
+        outcome = bpf_("resume ex --json")
+    assert outcome.code == 0
+    said = re.sub(r"[0-9a-f]{16}\.safetensors", "KEY.safetensors", outcome.err)
+    assert said == WAITING.format(path=path)  # once, however often it is tried
+    assert results(bpf_) == truth
+    assert names(work / "ex/checkpoints") == []
+    assert len(names(work / "ex/models/dfa")) == 1
+
+
+@needs_proc
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("part", ["checkpoints", "models"])
+def test_nobody_needs_to_wait_for_a_full_disk(
+    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, part: str
+) -> None:
+    shutil.copytree(made.half, work / "ex")
+    before = tree(work / "ex/checkpoints")
+    with full_for(rf"{part}/(dfa/)?\.", then=lambda: signal.raise_signal(signal.SIGINT)):
+        outcome = bpf_("resume ex --json")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.endswith("Stopped, and everything is stored. Go on with: bpf resume ex\n")
+    assert part == "models" or tree(work / "ex/checkpoints") == before
+    assert json.loads(bpf_("status ex --json").out)["cells"]["interrupted"] == 2
+    assert bpf_("resume ex -q").code == 0
     assert results(bpf_) == truth
 
 
@@ -921,20 +1120,26 @@ def test_a_file_size_limit_is_a_full_disk(bpf_: Bpf, made: Experiments, truth: d
     assert results(bpf_) == truth
 
 
+@pytest.mark.usefixtures("here")
 def test_a_full_disk_under_the_study(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path) -> None:
-    """Whichever of its transactions is the first that does not fit."""
-    code, commits = 1, 0
-    while code:
+    """Whichever of its transactions is the first that does not fit: at the start it fails, later it is waited for."""
+    said = "The study database failed: database or disk is full.\n"
+    outcomes: list[Outcome] = []
+    while not outcomes or outcomes[-1].err:
         shutil.copytree(made.half, work / "ex")
-        with full_database(commits):
-            outcome = bpf_("resume ex -q")
-        code, commits = outcome.code, commits + 1
-        if code:
-            assert outcome == Outcome(1, "", "Error: The study database failed: database or disk is full.\n")
+        with full_database(len(outcomes), 3):
+            outcomes.append(bpf_("resume ex --json"))
+        if outcomes[-1].code:
+            assert outcomes[-1] == Outcome(1, "", f"Error: {said}")
             assert bpf_("resume ex -q").code == 0
+        else:
+            assert outcomes[-1].err in (said, "")
         assert results(bpf_) == truth
         shutil.rmtree(work / "ex")
-    assert commits > 5
+    codes = [outcome.code for outcome in outcomes]
+    assert codes == sorted(codes, reverse=True)
+    assert codes.count(1) == 1  # the plan
+    assert codes.count(0) > 5
 
 
 def test_a_full_disk_before_there_is_a_study(bpf_: Bpf, truth: dict[str, Any], work: Path) -> None:
@@ -942,7 +1147,7 @@ def test_a_full_disk_before_there_is_a_study(bpf_: Bpf, truth: dict[str, Any], w
         outcome = bpf_(GRID)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == "Error: The study database failed: database or disk is full.\n"
-    assert names(work / "ex") == ["experiment.yaml", "running.lock"]
+    assert names(work / "ex") == ["experiment.yaml", "locks", "running.lock"]
     cut_short = "Nothing is planned in ex yet, as its start was cut short. Go on with `bpf resume ex`."
     refused(bpf_, "status ex", cut_short)
     assert bpf_("resume ex -q").code == 0
@@ -972,6 +1177,11 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return rewrite
 
 
+def other_network(network: dict[str, torch.Tensor]) -> None:
+    network.update({name: tensor[..., :1] for name, tensor in network.items()})
+    network.popitem()
+
+
 UNREADABLE = "is damaged and cannot be read"
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, UNREADABLE),
@@ -988,15 +1198,13 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no checkpoint": (lambda path: torch.save([1, 2], path), "is of a format that this bpf does not read"),
     "other cells": (changed(lambda content: content.update(cohort="another")), "belongs to other cells"),
-    "without a state": (changed(lambda content: content.pop("state")), "is damaged: parts of it are missing"),
-    "half a state": (changed(lambda content: content["state"].pop("records")), "does not fit its cells"),
+    "without a state": (changed(lambda content: content.pop("states")), "is damaged: parts of it are missing"),
+    "no states": (changed(lambda content: content["states"].clear()), "is damaged: parts of it are missing"),
+    "a cell too few": (changed(lambda content: content["cells"].pop()), "is damaged: parts of it are missing"),
+    "half a state": (changed(lambda content: content["states"][0].pop("records")), "does not fit its cells"),
+    "no state": (changed(lambda content: content["states"].insert(0, None)), "does not fit its cells"),
     "another network": (
-        changed(
-            lambda content: (
-                content["state"]["network"].update({n: t[..., :1] for n, t in content["state"]["network"].items()})
-                or content["state"]["network"].popitem()
-            )
-        ),
+        changed(lambda content: other_network(content["states"][0]["network"])),
         "does not fit its cells",
     ),
     "other specs": (changed(lambda content: content["specs"][0].update(lr="fast")), "does not fit its cells"),
@@ -1007,7 +1215,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_broken_checkpoint(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, case: str) -> None:
     damage, reason = BROKEN_CHECKPOINTS[case]
     shutil.copytree(made.half, work / "ex")
-    checkpoint = next(Path("ex/checkpoints").iterdir())
+    checkpoint = next((work / "ex/checkpoints").iterdir())
     damage(checkpoint)
     before = tree(work / "ex/checkpoints")
     outcome = bpf_("resume ex -q")
@@ -1015,7 +1223,7 @@ def test_a_broken_checkpoint(bpf_: Bpf, made: Experiments, truth: dict[str, Any]
     assert outcome == Outcome(1, "", f"Error: The checkpoint {checkpoint} {reason}. {cure}\n")
     assert not (work / "hacked").exists()
     assert tree(work / "ex/checkpoints") == before
-    assert tree(work / "ex/logs") == {}
+    assert not (work / "ex/models").exists()
     cells = json.loads(bpf_("status ex --json").out)["cells"]
     assert cells == {
         "total": 2,
@@ -1041,14 +1249,21 @@ from bpf.algorithms import ProjectionRule
 
 
 class Fragile(ProjectionRule):
-    """Raises while there is a file named raise."""
+    """Raises while there is a file named raise, for runs with the bw_init in it or for all."""
 
     needs_output_error = True
     equation = "none"
     reference = "none"
 
+    def prepare(self, network, runs):
+        self.inits = {init for _, init in runs}
+        limit = Path("limit")
+        if limit.exists() and len(runs) > int(limit.read_text()):
+            raise MemoryError("no memory today")
+
     def teaching_signal(self, projected, target, output_error):
-        if Path("raise").exists():
+        guilty = Path("raise")
+        if guilty.exists() and (not guilty.read_text() or guilty.read_text() in self.inits):
             raise ZeroDivisionError("no signal today")
         return output_error
 
@@ -1056,36 +1271,34 @@ class Fragile(ProjectionRule):
 class NotARule:
     """Something else."""
 '''
+TARGETS = {
+    "fragile": "fragile_rules:Fragile",
+    "broken": "broken_rules:Broken",
+    "absent": "absent_rules:Absent",
+    "norule": "fragile_rules:NotARule",
+}
 
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installs `fragile`, `broken` (raises at import), `absent` (no such module) and `norule`."""
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib/fragile_rules.py").write_text(RULES)
-    (tmp_path / "lib/broken_rules.py").write_text("raise RuntimeError('half installed')\n\n\nclass Broken:\n    pass\n")
-    monkeypatch.syspath_prepend(tmp_path / "lib")
-    targets = {
-        "fragile": "fragile_rules:Fragile",
-        "broken": "broken_rules:Broken",
-        "absent": "absent_rules:Absent",
-        "norule": "fragile_rules:NotARule",
-    }
-    real = metadata.entry_points
-
-    def entry_points(*, group: str) -> list[metadata.EntryPoint]:
-        added = [metadata.EntryPoint(name, target, group) for name, target in targets.items()]
-        return [*real(group=group), *(added if group == "bpf.algorithms" else [])]
-
-    monkeypatch.setattr(metadata, "entry_points", entry_points)
+    """Installs `fragile`, `broken` (raises at import), `absent` (no such module) and `norule`, as pip would."""
+    lib = tmp_path / "lib"
+    info = lib / "fragile_rules-1.0.dist-info"
+    info.mkdir(parents=True)
+    (lib / "fragile_rules.py").write_text(RULES)
+    (lib / "broken_rules.py").write_text("raise RuntimeError('half installed')\n\n\nclass Broken:\n    pass\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile-rules\nVersion: 1.0\n")
+    entries = "".join(f"{name} = {target}\n" for name, target in TARGETS.items())
+    (info / "entry_points.txt").write_text(f"[bpf.algorithms]\n{entries}")
+    monkeypatch.syspath_prepend(lib)  # worker processes are told
 
 
 @pytest.mark.usefixtures("plugins")
 def test_a_plugin_that_cannot_be_loaded(bpf_: Bpf) -> None:
     expected = {
-        "broken": "The algorithm 'broken' of unknown distribution (broken_rules:Broken) cannot be loaded: "
+        "broken": "The algorithm 'broken' of fragile-rules 1.0 (broken_rules:Broken) cannot be loaded: "
         "RuntimeError: half installed",
-        "absent": "The algorithm 'absent' of unknown distribution (absent_rules:Absent) cannot be loaded: "
+        "absent": "The algorithm 'absent' of fragile-rules 1.0 (absent_rules:Absent) cannot be loaded: "
         "ModuleNotFoundError: No module named 'absent_rules'",
         "norule": "The algorithm 'norule' (fragile_rules:NotARule) is not a bpf Algorithm.",
     }
@@ -1097,31 +1310,90 @@ def test_a_plugin_that_cannot_be_loaded(bpf_: Bpf) -> None:
     assert "broken: module absent_rules is not installed" in listed.out
 
 
+FRAGILE = "tune ex --dataset digits --arch 8 --activation tanh --no-batch-norm --examples-frac 0.1 --epochs 1 --json"
+ONE_BY_ONE = "ZeroDivisionError: no signal today: its cohort is tried again, each cell alone.\n"
+CURE = "see `bpf status ex --failed`; `bpf resume ex --retry-failed` tries again."
+
+
+def cells(outcome: Outcome) -> list[tuple[str, Any, Any]]:
+    return sorted(
+        (cell["algorithm"], cell["params"]["lr"], cell["params"]["bw_init"]) for cell in json.loads(outcome.out)
+    )
+
+
 @pytest.mark.usefixtures("plugins")
 def test_a_rule_that_raises_fails_alone(bpf_: Bpf, work: Path) -> None:
-    grid = f"{GRID} --algorithm fragile --json".replace("--epochs 3", "--epochs 1")
     (work / "raise").touch()
-    outcome = bpf_(grid)
-    cure = "see `bpf status ex --failed`; `bpf resume ex --retry-failed` tries again."
+    outcome = bpf_(f"{FRAGILE} --algorithm dfa,fragile --lr 0.1,0.01 --bw-init ortho --workers 1")
     assert outcome.code == 1
-    assert outcome.err == f"Error: 2 cells failed: {cure}\n"
-    assert [cell["algorithm"] for cell in json.loads(outcome.out)] == ["dfa", "dfa"]
+    assert outcome.err == f"{ONE_BY_ONE}Error: 2 cells failed: {CURE}\n"
+    assert cells(outcome) == [("dfa", 0.01, "ortho"), ("dfa", 0.1, "ortho")]
     failures = json.loads(bpf_("status ex --failed --json").out)
-    assert [(failure["algorithm"], failure["params"]["lr"]) for failure in failures] == [
-        ("fragile", 0.1),
-        ("fragile", 0.01),
+    assert [(failure["algorithm"], failure["params"]["lr"], failure["cause"]) for failure in failures] == [
+        ("fragile", 0.1, "exception"),
+        ("fragile", 0.01, "exception"),
     ]
     for failure in failures:
         assert failure["error"].startswith("Traceback (most recent call last):\n")
         assert failure["error"].endswith("ZeroDivisionError: no signal today\n")
     assert bpf_("status ex --failed").out.count("ZeroDivisionError: no signal today") == 2
+    assert "rule raised: 2 failed\n" in bpf_("status ex").out
     before = results(bpf_)
     assert bpf_("resume ex -q").code == 1
     (work / "raise").unlink()
     outcome = bpf_("resume ex --retry-failed -q --json")
     assert (outcome.code, outcome.err) == (0, "")
-    assert sorted(cell["algorithm"] for cell in json.loads(outcome.out)) == ["dfa", "dfa", "fragile", "fragile"]
+    assert [cell[0] for cell in cells(outcome)] == ["dfa", "dfa", "fragile", "fragile"]
     assert {name: result for name, result in results(bpf_).items() if name.startswith("dfa")} == before
+
+
+@pytest.mark.usefixtures("plugins")
+def test_only_the_cell_that_raises_fails(bpf_: Bpf, work: Path) -> None:
+    grid = f"{FRAGILE} --algorithm fragile --lr 0.1 --bw-init ortho,lecun --workers 1"
+    (work / "raise").write_text("lecun")
+    outcome = bpf_(grid)
+    assert (outcome.code, outcome.err) == (1, f"{ONE_BY_ONE}Error: 1 cell failed: {CURE}\n")
+    assert cells(outcome) == [("fragile", 0.1, "ortho")]
+    [failure] = json.loads(bpf_("status ex --failed --json").out)
+    assert (failure["params"]["bw_init"], failure["cause"]) == ("lecun", "exception")
+    (work / "raise").unlink()
+    together = bpf_(grid.replace("tune ex", "tune all"))
+    [alone] = json.loads(outcome.out)
+    [same] = [cell for cell in json.loads(together.out) if cell["params"] == alone["params"]]
+    assert alone["objective"]["values"] == pytest.approx(same["objective"]["values"], rel=1e-6)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_out_of_memory_before_the_first_epoch(bpf_: Bpf, work: Path) -> None:
+    grid = f"{FRAGILE} --algorithm fragile --lr 0.1,0.01,0.001 --bw-init ortho --executions-per-trial 2 --workers 1"
+    what = "Out of memory training fragile with arch 8 and batch_size 64"
+    (work / "limit").write_text("1")
+    outcome = bpf_(grid)
+    assert outcome.code == 0
+    halves = [f"{what}, {runs} runs together; it is tried again with {runs // 2}.\n" for runs in (6, 2)]
+    assert outcome.err == "".join(halves)
+    assert "out of memory: 3 now complete\n" in bpf_("status ex").out
+    (work / "limit").unlink()
+    undisturbed = json.loads(bpf_(grid.replace("tune ex", "tune all")).out)
+    found = json.loads(outcome.out)
+    assert [cell["params"] for cell in found] == [cell["params"] for cell in undisturbed]
+    for one, other in zip(found, undisturbed, strict=True):  # stacked otherwise, so equal but for rounding
+        assert one["objective"]["values"] == pytest.approx(other["objective"]["values"], rel=1e-6)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_cell_that_needs_more_memory_than_there_is_fails(bpf_: Bpf, work: Path) -> None:
+    (work / "limit").write_text("0")
+    outcome = bpf_(f"{FRAGILE} --algorithm dfa,fragile --lr 0.1 --bw-init ortho --executions-per-trial 1")
+    assert (outcome.code, outcome.err) == (1, f"Error: 1 cell failed: {CURE}\n")
+    assert cells(outcome) == [("dfa", 0.1, "ortho")]
+    [failure] = json.loads(bpf_("status ex --failed --json").out)
+    assert (failure["cause"], failure["error"]) == (
+        "memory",
+        "Out of memory training fragile with arch 8 and batch_size 64 on cpu, one run alone. "
+        "Use a smaller arch or batch_size.",
+    )
+    assert "out of memory: 1 failed\n" in bpf_("status ex").out
 
 
 @pytest.mark.usefixtures("plugins")
@@ -1144,9 +1416,9 @@ def test_a_run_that_diverges_is_a_result_and_is_never_ranked(bpf_: Bpf) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     report = json.loads(outcome.out)
     assert (report["status"], report["epochs"], report["test"]) == ("diverged", 1, None)
-    [log] = Path("one/logs").iterdir()
-    [execution] = json.loads(log.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert execution["history"]["loss"] == [None]
+    exported = bpf_("export one --what history --format json").out
+    [epoch] = json.loads(exported, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (epoch["status"], epoch["epoch"], epoch["loss"]) == ("diverged", 1, None)
     outcome = bpf_(f"tune ex {wild} {few} --no-batch-norm --executions-per-trial 2 --lr 10,1e-9")
     assert (outcome.code, outcome.err) == (0, "")
     assert [cell["params"]["lr"] for cell in json.loads(outcome.out)] == [1e-9]

@@ -1,6 +1,9 @@
 """The command line as a user and a script meet it: help, JSON, spec files, going on, interruptions, pipes."""
 
+import csv
+import io
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -8,16 +11,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
 
+import bpf
 from bpf import cli
+from bpf.events import Trained
+from bpf.experiment import open_experiment
 from bpf.fields import bounds, choices
+from bpf.owner import Owner
 from bpf.spec import GridSpec, RunSpec
+from bpf.stopping import Interrupted, Stop
+from bpf.supervisor import Supervisor
+from bpf.training import Cohort
+from bpf.worker import Job, Worker
 
 SMALL = "--arch 8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.1 --executions-per-trial 2"
 GRID = f"tune ex --dataset digits --algorithm dfa {SMALL} --epochs 2 -q"
@@ -47,7 +61,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     monkeypatch.chdir(directory)
     monkeypatch.setenv("COLUMNS", "120")
-    for name in ("BPF_DEBUG", "BPF_DATA_DIR", "BPF_CACHE_DIR"):
+    for name in ("BPF_DEBUG", "BPF_DATA_DIR", "BPF_CACHE_DIR", "BPF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     return directory
 
@@ -214,6 +228,8 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
             "diverged": 0,
             "failed": 0,
         },
+        "causes": {},
+        "workers": [],
         "eta_seconds": 0.0,
     }
 
@@ -270,7 +286,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, bpf_: Bpf, command: str) -> GridSpec:
     grids = []
     real = api.open_tune
     with monkeypatch.context() as patch:
-        patch.setattr(api, "open_tune", lambda directory, grid, data: grids.append(grid) or real(directory, grid, data))
+        patch.setattr(api, "open_tune", lambda place, grid, *rest: grids.append(grid) or real(place, grid, *rest))
         assert bpf_(f"{command} --dry-run").code == 0
     return grids[0]
 
@@ -319,26 +335,70 @@ def test_the_default_directories(bpf_: Bpf, work: Path) -> None:
 
 def test_the_same_command_again_does_nothing_new(bpf_: Bpf, work: Path) -> None:
     first = bpf_(f"{GRID} --lr 0.1,0.01 --json").json
-    logs = {path: path.stat().st_mtime_ns for path in (work / "ex/logs").iterdir()}
+    epochs, models = bpf_("export ex --what history").out, written(work / "ex/models")
+    assert len(epochs.splitlines()) == 1 + 2 * 2 * 2
     assert bpf_(f"{GRID} --lr 0.1,0.01 --json").json == first
-    assert {path: path.stat().st_mtime_ns for path in (work / "ex/logs").iterdir()} == logs
+    assert bpf_("export ex --what history").out == epochs
+    assert written(work / "ex/models") == models
 
 
 def test_a_list_that_grew_runs_only_what_is_new(bpf_: Bpf, work: Path) -> None:
     first = values(bpf_(f"{GRID} --lr 0.1 --json").json)
-    log = next((work / "ex/logs").iterdir())
-    written = log.stat().st_mtime_ns
+    results = bpf_("export ex --format json").json
     second = values(bpf_(f"{GRID} --lr 0.1,0.01 --algorithm bp --json").json)
     assert set(second) == {("dfa", 0.1), ("dfa", 0.01), ("bp", 0.1), ("bp", 0.01)}
     assert {cell: second[cell] for cell in first} == first
-    assert log.stat().st_mtime_ns == written
-    assert len(list((work / "ex/logs").iterdir())) == 4
+    assert [row for row in bpf_("export ex --format json").json if row["key"] == results[0]["key"]] == results
+    assert len(list((work / "ex/models").glob("*/*"))) == 2  # one of each rule
 
 
-def test_a_moved_experiment_goes_on(bpf_: Bpf, work: Path) -> None:
-    first = bpf_(f"{GRID} --lr 0.1 --json").json
-    shutil.move(work / "ex", work / "elsewhere")
-    assert bpf_("resume elsewhere --json").json == first
+def written(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def stop_after_an_epoch(directory: Path) -> None:
+    """Train what is planned there, and stop."""
+    experiment, stop = open_experiment(directory), Stop()
+    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files)
+    with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
+        Worker(job, study, lambda event: stop.request() if isinstance(event, Trained) else None, stop).run()
+
+
+def plan(bpf_: Bpf, command: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervisor, "run", lambda self: None)
+        assert bpf_(command).code == 0
+
+
+@pytest.mark.parametrize("go_on", ["resume elsewhere/ex", "worker elsewhere/ex", f"{GRID} --lr 0.1"])
+def test_a_moved_experiment_goes_on(bpf_: Bpf, work: Path, go_on: str) -> None:
+    undisturbed = values(bpf_(f"{GRID} --lr 0.1 --json".replace("tune ex", "tune undisturbed")).json)
+    plan(bpf_, f"{GRID} --lr 0.1")
+    stop_after_an_epoch(work / "ex")
+    [checkpoint] = (work / "ex/checkpoints").iterdir()
+    (work / "elsewhere").mkdir()
+    shutil.move(work / "ex", work / "elsewhere/ex")
+    assert bpf_("status elsewhere/ex --json").json["cells"]["interrupted"] == 1
+    # Only the checkpoint knows this: so it was found.
+    lines = change_history(work / "elsewhere/ex/checkpoints" / checkpoint.name)
+    go_on = go_on.replace("tune ex", "tune elsewhere/ex")
+    assert bpf_(f"{go_on} -q").code == 0
+    assert bpf_("export elsewhere/ex --what history --format json").json[0]["loss"] == lines
+    found = values(bpf_("best elsewhere/ex --json").json)
+    assert [cell[1] for cell in found.values()] == [cell[1] for cell in undisturbed.values()]
+    assert sorted(path.name for path in work.iterdir()) == ["elsewhere", "undisturbed"]
+    assert list((work / "elsewhere/ex/checkpoints").iterdir()) == []
+    assert len(list((work / "elsewhere/ex/models/dfa").iterdir())) == 1
+    again = bpf_("resume elsewhere/ex --json").json
+    assert values(again) == found
+
+
+def change_history(checkpoint: Path) -> float:
+    """Leave a mark in the first epoch of the first run."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["states"][0]["records"][0]["history"]["loss"][0] = 123.0
+    torch.save(content, checkpoint)
+    return 123.0
 
 
 # Interruptions
@@ -380,33 +440,268 @@ def test_an_interruption_loses_nothing(bpf_: Bpf, work: Path, number: signal.Sig
     ]
 
 
+AT_ONCE = "Interrupted at once. Nothing finished is lost. Go on with: bpf resume {0}\n"
+
+
+def interrupt_twice(*_: Any) -> None:
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+    raise AssertionError("the second one should have left")
+
+
 def test_two_interruptions_leave_at_once(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpf.training import Cohort
-
-    def run_epoch(self: Cohort) -> None:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        raise AssertionError("the second one should have left")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Cohort, "run_epoch", run_epoch)
+        patch.setattr(Supervisor, "_listen", interrupt_twice)  # while its workers train
         outcome = bpf_(f"{GRID} --lr 0.1")
-    expected = "Interrupted at once. Nothing finished is lost; go on with: bpf resume ex\n"
-    assert outcome == Outcome(130, "", expected)
+    assert outcome == Outcome(130, "", AT_ONCE.format("ex"))
+    assert multiprocessing.active_children() == []
+    status = bpf_("status ex --json").json
+    assert (status["cells"]["running"], status["workers"]) == (0, [])
     assert bpf_("resume ex --json").json[0]["params"]["lr"] == 0.1
 
 
-def test_resume_without_a_directory_takes_the_newest_unfinished(bpf_: Bpf, work: Path) -> None:
-    from bpf import worker
+def test_two_interruptions_end_a_single_run_at_once(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Cohort, "run_epoch", interrupt_twice)
+        outcome = bpf_(f"{RUN} -q")
+    assert outcome == Outcome(130, "", AT_ONCE.format("one"))
+    assert bpf_("resume one --json").json["status"] == "complete"
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.Worker, "run", lambda self: None)
-        for name in ("old", "new", "done"):
-            assert bpf_(GRID.replace("tune ex", f"tune runs/{name}") + " --lr 0.1").code == 0
+
+def test_an_interruption_before_anything_is_planned(bpf_: Bpf, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bpf import api
+
+    def load(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "load", load)
+        for command in (GRID, f"{RUN} -q"):
+            assert bpf_(command) == Outcome(130, "", "Interrupted at once. Nothing was begun.\n")
+    assert list(work.iterdir()) == []
+
+
+def test_time_is_up(bpf_: Bpf) -> None:
+    outcome = bpf_(f"{RUN} -q --max-hours 0")
+    expected = "Stopped (0 hours are over), and everything is stored. Go on with: bpf resume one\n"
+    assert outcome == Outcome(130, "", expected)
+    outcome = bpf_(f"{GRID} --lr 0.1 --max-hours 1e-9")
+    assert outcome == Outcome(130, "", expected.replace("0 hours", "1e-09 hours").replace("one", "ex"))
+    assert bpf_("resume one -q").code == bpf_("resume ex -q").code == 0
+
+
+# Helping, and what is shown of it
+
+
+def test_workers_help(bpf_: Bpf, work: Path) -> None:
+    grid = f"{GRID} --lr 0.1,0.01"
+    plan(bpf_, f"{grid} --storage {work}/all.db")
+    helped = bpf_("worker ex")
+    assert (helped.code, helped.out) == (0, "")
+    first, *_, last = helped.err.splitlines()
+    assert first.startswith("2/2 ")
+    assert last == "Nothing is left to claim in ex."
+    assert bpf_("status ex --json").json["cells"]["complete"] == 2
+    assert bpf_("worker --storage all.db -q") == Outcome(0, "", "")
+    plan(bpf_, f"{grid} --storage all.db".replace("tune ex", "tune two"))
+    assert bpf_("worker --storage all.db -q") == Outcome(
+        2, "", f"Error: {work}/all.db has several experiments. Known: ex, two.\n"
+    )
+    assert bpf_("worker --storage all.db --experiment two -q") == Outcome(0, "", "")
+    assert sorted(path.name for path in work.iterdir()) == ["all.db", "ex", "locks", "two"]
+    both = [bpf_(f"best {name} --json").json for name in ("ex", "two")]
+    assert [cell["objective"] for cell in both[0]] == [cell["objective"] for cell in both[1]]
+
+
+def test_status_names_the_workers(bpf_: Bpf, work: Path) -> None:
+    plan(bpf_, f"{GRID} --lr 0.1,0.01")
+    experiment = open_experiment(work / "ex")
+    facts = {"host": "here", "device": "cpu"}
+    with closing(experiment.open_study()) as study, Owner(study.locks, facts) as owner:
+        assert study.claim(owner, lambda row: 1)
+        status = bpf_("status ex --json").json
+        [worker] = status["workers"]
+        assert worker.pop("since").endswith("+00:00")
+        assert worker == {"pid": os.getpid(), **facts}
+        assert (status["cells"]["running"], status["cells"]["pending"], status["eta_seconds"]) == (1, 1, None)
+        assert bpf_("status ex").out == (
+            f"ex: 2 cells: 1 pending, 1 running\nworker on here, process {os.getpid()}, cpu\n"
+            "0 s of training in finished cells, time left not known yet\n"
+        )
+    status = bpf_("status ex --json").json  # it has died
+    assert (status["cells"]["interrupted"], status["workers"]) == (1, [])
+    assert bpf_("resume ex -q").code == 0
+    assert "worker died: 1 now complete\n" in bpf_("status ex").out
+
+
+# Where the numbers come from
+
+
+def test_show(bpf_: Bpf, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [f"{GRID} --lr 0.1", f"{GRID} --lr 0.1,0.01"]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/bpf", *shlex.split(command)])
+        plan(bpf_, command)
+    shown = bpf_("show ex --json").json
+    spec, sessions = shown.pop("spec"), shown.pop("sessions")
+    assert shown.pop("created") == sessions[0]["time"]
+    assert shown == {
+        "experiment": "ex",
+        "name": "ex",
+        "storage": f"{work}/ex/study.db",
+        "checkpoints": "ex",
+        "data_dir": f"{work}/data",
+    }
+    assert set(spec) == set(GridSpec.model_fields)
+    assert (spec["algorithm"], spec["lr"], spec["epochs"]) == (["dfa"], [0.1, 0.01], 2)
+    assert [session["command"] for session in sessions] == [f"bpf {command}" for command in commands]
+    for session in sessions:
+        assert set(session) == {"time", "command", "versions", "git", "bpf_git", "hardware", "environment"}
+        assert session["versions"]["bpf"] == bpf.__version__
+    lines = bpf_("show ex").out.splitlines()
+    assert lines[:7] == [
+        "experiment  ex",
+        "name        ex",
+        f"created     {sessions[0]['time']}",
+        f"storage     {work}/ex/study.db",
+        "checkpoints ex",
+        f"data_dir    {work}/data",
+        "spec",
+    ]
+    for line in ("  lr                    0.1, 0.01", "  trackers              none", "  batch_norm            no"):
+        assert line in lines
+    assert [line for line in lines if "  bpf tune " in line] == [f"{s['time']}  {s['command']}" for s in sessions]
+    assert sum(line.startswith("  versions    bpf ") for line in lines) == 2
+    assert sum(line.startswith("  hardware    ") for line in lines) == 2
+
+
+def test_what_an_older_bpf_wrote_is_shown(bpf_: Bpf, work: Path) -> None:
+    plan(bpf_, f"{GRID} --lr 0.1")
+    path = work / "ex/experiment.yaml"
+    content = yaml.safe_load(path.read_text())
+    content |= {"format": 1, "commands": ["bpf tune ex"], "versions": {"bpf": "0.1.0"}}
+    for name in ("sessions", "storage", "files", "keep_checkpoints"):
+        del content[name]
+    path.write_text(yaml.safe_dump(content))
+    earlier = {"command": "bpf tune ex", "versions": {"bpf": "0.1.0"}}
+    assert bpf_("show ex --json").json["sessions"] == [earlier]
+    assert bpf_("show ex").out.endswith("\nearlier  bpf tune ex\n  versions    bpf 0.1.0\n")
+    assert bpf_("resume ex -q").code == 0
+    sessions = yaml.safe_load(path.read_text())["sessions"]
+    assert (sessions[0], len(sessions)) == (earlier, 2)
+
+
+def test_export(bpf_: Bpf) -> None:
+    ranked = {cell["cell"]: cell for cell in bpf_(f"{GRID} --lr 0.1,0.01 --json").json}
+    exported = {what: bpf_(f"export ex --what {what} --format json").json for what in ("results", "history")}
+    for row in exported["results"]:
+        cell = ranked[row["cell"]]
+        assert (row["algorithm"], row["state"], row["executions"]) == ("dfa", "complete", 2)
+        assert {name: row[name] for name in cell["params"]} == cell["params"]
+        assert (row["objective"], row["objective_std"]) == (cell["objective"]["mean"], cell["objective"]["std"])
+        assert {name: row[f"test_{name}"] for name in cell["test"]} == cell["test"]
+    epochs = [(row["cell"], row["execution"], row["seed"], row["epoch"]) for row in exported["history"]]
+    assert epochs == [(row["cell"], n, n, epoch) for row in exported["results"] for n in (0, 1) for epoch in (1, 2)]
+    for name, cell in ranked.items():
+        losses = [
+            [row["loss"] for row in exported["history"] if (row["cell"], row["execution"]) == (name, n)] for n in (0, 1)
+        ]
+        assert [min(loss) for loss in losses] == cell["objective"]["values"]
+    for what, rows in exported.items():
+        text = bpf_(f"export ex --what {what}").out
+        assert "\r" not in text
+        table = list(csv.DictReader(io.StringIO(text)))
+        assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
+def test_the_best_model_of_a_rule(bpf_: Bpf, work: Path) -> None:
+    ranked = bpf_(f"{GRID} --lr 0.1,0.01 --json").json
+    keys = {row["cell"]: row["key"] for row in bpf_("export ex --format json").json}
+    [path] = (work / "ex/models").rglob("*.*")
+    assert path == work / "ex/models/dfa" / f"{keys[ranked[0]['cell']]}.safetensors"
+    with safe_open(path, "pt") as model:
+        told = model.metadata()
+        assert model.get_tensor("weight.0").shape == (8, 64)
+    assert RunSpec.model_validate_json(told["spec"]).lr == ranked[0]["params"]["lr"]
+    assert (json.loads(told["shape"]), len(json.loads(told["classes"]))) == ([1, 8, 8], 10)
+
+
+# Tidying up
+
+
+def test_clean(bpf_: Bpf, work: Path) -> None:
+    assert bpf_(f"{GRID} --lr 0.1,0.01 --keep-checkpoints").code == 0
+    ex = work / "ex"
+    [kept], [model] = (ex / "checkpoints").iterdir(), (ex / "models/dfa").iterdir()
+    needed = {path for path in ex.rglob("*") if path.is_file() and path != kept}
+    key = bpf_("export ex --format json").json[0]["key"]
+    left = [
+        *(ex / name for name in (".experiment.yaml.0a1b2c3d", "study.new.db", "study.new.db-wal")),
+        *(ex / "checkpoints" / name for name in ("0123456789abcdef.pt", ".x.pt.0a1b2c3d")),
+        *(model.parent / name for name in ("0123456789abcdef.safetensors", ".x.safetensors.0a1b2c3d")),
+        *(ex / name for name in (f"logs/{key}.json", "locks/0123456789abcdef.lock")),
+    ]
+    mine = [ex / name for name in ("notes.txt", "logs/mine.json", ".hidden", "checkpoints/mine.txt", "models/mine.txt")]
+    (ex / "logs").mkdir()
+    for path in (*left, *mine):
+        path.write_text("12345")
+    names = sorted(str(path if path.suffix == ".lock" else path.relative_to(work)) for path in left)
+    expected = {"files": names, "bytes": 5 * len(left)}
+    assert bpf_("clean ex --dry-run --json").json == expected
+    assert bpf_("clean ex --dry-run").out == "".join(f"{name}\n" for name in names) + (
+        f"{len(left)} files would be removed, 0.0 MiB.\n"
+    )
+    assert all(path.exists() for path in left)
+    assert bpf_("clean ex --json").json == expected
+    assert {path for path in ex.rglob("*") if path.is_file()} == {*needed, *mine, kept}
+    assert bpf_("clean ex").out == "0 files removed, 0.0 MiB.\n"
+    removed = bpf_("clean ex --checkpoints")
+    assert (removed.code, removed.out.splitlines()[0]) == (0, str(kept.relative_to(work)))
+    assert {path for path in ex.rglob("*") if path.is_file()} == {*needed, *mine}
+    assert bpf_("best ex --json").code == 0
+
+
+def test_clean_leaves_what_goes_on(bpf_: Bpf, work: Path) -> None:
+    plan(bpf_, f"{GRID} --lr 0.1")
+    stop_after_an_epoch(work / "ex")
+    assert bpf_("clean ex --checkpoints --json").json["files"] == []
+    assert list((work / "ex/checkpoints").iterdir())
+
+
+# Going on for longer
+
+
+def test_more_epochs_of_what_was_kept(bpf_: Bpf) -> None:
+    short = values(bpf_(f"{GRID} --lr 0.1,0.01 --keep-checkpoints --json").json)
+    longer = f"{GRID} --lr 0.1,0.01 --json".replace("--epochs 2", "--epochs 4")
+    grown = values(bpf_(longer).json)
+    afresh = values(bpf_(longer.replace("tune ex", "tune afresh")).json)
+    assert {cell: found[1] for cell, found in grown.items()} == {cell: found[1] for cell, found in afresh.items()}
+    assert {cell: found[0] for cell, found in grown.items()} == {cell: found[0] for cell, found in short.items()}
+    epochs = [
+        [row["loss"] for row in bpf_(f"export {name} --what history --format json").json] for name in ("ex", "afresh")
+    ]
+    assert epochs[0] == epochs[1]
+
+
+def test_more_executions(bpf_: Bpf) -> None:
+    first = values(bpf_(f"{GRID} --lr 0.1,0.01 --json").json)
+    more = f"{GRID} --lr 0.1,0.01 --json".replace("--executions-per-trial 2", "--executions-per-trial 3")
+    second = values(bpf_(more).json)
+    assert {cell: (name, found[:2]) for cell, (name, found) in second.items()} == first
+    assert all(len(found) == 3 for _, found in second.values())
+    afresh = values(bpf_(more.replace("tune ex", "tune afresh")).json)
+    for cell, (_, found) in second.items():  # stacked otherwise, so equal but for how a mean is rounded
+        assert found == pytest.approx(afresh[cell][1], rel=1e-6)
+
+
+def test_resume_without_a_directory_takes_the_newest_unfinished(bpf_: Bpf, work: Path) -> None:
+    for name in ("old", "new", "done"):
+        plan(bpf_, GRID.replace("tune ex", f"tune runs/{name}") + " --lr 0.1")
     assert bpf_("resume runs/done -q").code == 0
-    for time, name in enumerate(("old", "new", "done")):
+    for second, name in enumerate(("old", "new", "done")):
         for path in (work / "runs" / name).iterdir():
-            os.utime(path, (time, time))
+            os.utime(path, (second, second))
     assert bpf_("resume").err.startswith("Going on with runs/new\n")
     assert bpf_("resume").err.startswith("Going on with runs/old\n")
     assert bpf_("resume -q").code == 2

@@ -90,7 +90,8 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
 
 def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [shlex.split(c)[1:] for c in COMMANDS if c.split()[1] not in ("tune", "resume")]
-    assert {arguments[0] for arguments in others} == {"status", "best", "train", "algorithms", "datasets"}
+    known = {"status", "best", "train", "export", "show", "clean", "algorithms", "datasets"}
+    assert {arguments[0] for arguments in others} == known
     others.sort(key=lambda arguments: arguments[0] != "train")  # status and best need an experiment
     for arguments in others:
         run(arguments)

@@ -63,7 +63,8 @@ def test_changed_options_are_refused_with_the_difference(directory: Path) -> Non
         "  epochs: 300 there, 7 now\n"
         '  options: {"fake": {"scale": [0.5], "kind": ["sum"]}} there, '
         '{"fake": {"scale": [0.25], "kind": ["sum"]}} now\n'
-        "A grid can be extended (lists may grow), not changed. Give another directory, or the same settings."
+        "A grid can be extended (lists, epochs and executions may grow), not changed. "
+        "Give another directory, or the same settings."
     )
 
 

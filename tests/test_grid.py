@@ -1,6 +1,7 @@
 """From a grid spec to its cells: counts, what is left out and why, keys, structures, and rule options."""
 
 import itertools
+import json
 import math
 from typing import Literal
 
@@ -185,7 +186,7 @@ def test_a_key_is_stable_across_versions():
     (cell,) = plan("dfa", arch="8", activation="tanh", batch_norm=False, bw_init="ortho", lr=0.1).cells
     run = run_of(cell)
     identity = {name: getattr(run, name) for name in RunSpec.model_fields}
-    for name in ("device", "trackers", "allow_unstable", "momentum"):
+    for name in ("device", "trackers", "tracker_every", "allow_unstable", "momentum"):
         del identity[name]
     assert cell.key == digest(identity | {"output_loss": "ce", "options": {}})
 
@@ -205,6 +206,30 @@ def test_structures_are_equal_exactly_where_runs_may_be_stacked():
     other = plan("bp", arch="8", seed=5).cells[0], plan("bp", arch="8").cells[0]
     assert other[0].structure == other[1].structure
     assert other[0].key != other[1].key
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr": [1, "1e-3"], "weight_decay": "0,1e-4", "bw_init": "ortho,nokland", "dropout": "0,0.5"},
+        {"optimizer": "adam,sgd,nag", "momentum": 0.3, "dropout": 0, "init": "orthogonal,aligned", "lr": "0.1,0.2"},
+        {"skew_type": "all", "imbalance_factor": "2.5,10", "output_loss": "mse", "trackers": "gradients"},
+        {"options": {"fake": {"scale": "0.1,1", "centred": "true,false", "kind": "plain,sign"}}, "examples_frac": 0},
+    ],
+    ids=str,
+)
+def test_every_cell_is_what_validating_it_alone_makes_of_it(values):
+    rules = {"bp": Backpropagation, "dfa": DirectFeedbackAlignment, "fake": Fake}
+    lists = {"objective": "val_loss", "arch": "8,8-8", "lr": "0.1,0.01", "activation": "tanh", "batch_norm": False}
+    grid = plan("bp,dfa,fake", rules, **lists | values)
+    for cell in grid.cells:
+        run = run_of(cell)
+        identity = run.identity(rules[cell.rule].unused_parameters)
+        structure = {name: value for name, value in identity.items() if name not in PER_RUN}
+        assert (cell.key, cell.structure) == (digest(identity), digest(structure))
+        assert json.dumps(cell.spec) == json.dumps(run.model_dump(mode="json"))
+        meant = {name: value for name, value in cell.params.items() if name in RunSpec.model_fields}
+        assert meant.items() <= cell.spec.items()
 
 
 def test_skew_and_factor_are_one_axis():

@@ -158,7 +158,11 @@ def test_unknown_words(model):
             "500-0",
             "arch: '500-0' is not accepted: a layer has 1 to 65536 units, and there are at most 100 layers.",
         ),
-        ("device", "gpu", "device: 'gpu' is not accepted: give auto, cpu, cuda, cuda:N or mps."),
+        (
+            "device",
+            "gpu",
+            "device: 'gpu' is not accepted: give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
+        ),
     ],
 )
 @pytest.mark.parametrize("model", [RunSpec, GridSpec])

@@ -24,8 +24,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-import bpf.study
-from bpf import database, plan
+import bpf.trials
+from bpf import database, schema
 from bpf.errors import RunError, UsageError
 from bpf.study import Axis, Cell, Claim, Owner, Row, Study
 
@@ -345,7 +345,10 @@ def test_a_plan_that_cannot_be_is_refused_whole(study: Study, axes: list[Axis], 
 
 
 def test_a_changed_fixed_setting_is_refused(study: Study) -> None:
-    changed = [Cell(f"epochs=9:{cell.key}", *list(vars(cell).values())[1:]) for cell in cells_of([ARCH, RATE])]
+    changed = [
+        Cell(f"epochs=9:{cell.key}", cell.rule, cell.structure, cell.params, cell.spec)
+        for cell in cells_of([ARCH, RATE])
+    ]
     with pytest.raises(UsageError, match="12 cells at 6 of them are planned"):
         study.plan({"dfa": [ARCH, RATE]}, changed)
 
@@ -587,7 +590,7 @@ def test_a_released_cohort_goes_on_before_new_ones(path: Path, study: Study, own
 
 def test_a_dissolved_cohort_goes_on_in_smaller_ones(path: Path, study: Study, owner: Owner) -> None:
     big = claimed(study, owner, size=3)
-    assert study.release(big, keep_cohort=False) == 3
+    assert study.release(big, max_runs=2) == 3
     assert study.counts()["pending"] == 6
     small = claimed(study, owner, size=2)
     assert small.cohort != big.cohort
@@ -665,11 +668,11 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(path: Path, study: S
 def test_lock_files_of_the_dead_are_removed(path: Path, study: Study, owner: Owner) -> None:
     run_child(KILLED_WHILE_TRAINING, path, 1, 0)
     run_child(KILLED_WHILE_TRAINING, path, 1, 1)
-    assert len(list(study.locks.iterdir())) == 2, "the second one's claim removed the first one's"
+    assert len(list(study.locks.glob("*.lock"))) == 2, "the second one's claim removed the first one's"
     assert study.repair() == 0, "the second one finished what the first had left"
-    assert [file.stem for file in study.locks.iterdir()] == [owner.token]
+    assert [file.stem for file in study.locks.glob("*.lock")] == [owner.token]
     owner.close()
-    assert list(study.locks.iterdir()) == []
+    assert list(study.locks.glob("*.lock")) == []
 
 
 def test_a_moved_experiment_goes_on(tmp_path: Path) -> None:
@@ -709,9 +712,10 @@ def test_a_url_opens_the_same_study(path: Path, study: Study) -> None:
         assert same.rows() == study.rows()
 
 
-def test_other_databases_are_not_there_yet() -> None:
-    assert opening_fails("postgresql://host/bpf") == (
-        "A study is kept in an SQLite file so far, not in 'postgresql'; give its path."
+def test_other_databases_are_refused() -> None:
+    assert opening_fails("mysql://host/bpf") == (
+        "A study is kept in SQLite or PostgreSQL, not in 'mysql': give a path, sqlite:///PATH or "
+        "postgresql://USER@HOST/DATABASE. Did you mean 'sqlite'?"
     )
 
 
@@ -743,12 +747,12 @@ def test_a_foreign_database_is_left_as_it_is(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("version", "made_by"), [(0, "an older"), (plan.SCHEMA_VERSION + 1, "a newer")])
+@pytest.mark.parametrize(("version", "made_by"), [(0, "an older"), (schema.SCHEMA_VERSION + 1, "a newer")])
 def test_another_format_is_refused(path: Path, study: Study, version: int, made_by: str) -> None:
     with closing(sqlite3.connect(path)) as raw, raw:
         raw.execute("UPDATE bpf_experiment SET schema_version = ?", [version])
     assert opening_fails(path) == (
-        f"{path} was made by {made_by} bpf (format {version}, this one reads {plan.SCHEMA_VERSION}); "
+        f"{path} was made by {made_by} bpf (format {version}, this one reads {schema.SCHEMA_VERSION}); "
         "go on with the bpf that made it."
     )
     with pytest.raises(UsageError, match=f"was made by {made_by} bpf"):
@@ -782,7 +786,7 @@ def test_another_optuna_is_refused(path: Path, study: Study, monkeypatch: pytest
 
 
 def test_an_optuna_that_numbers_otherwise_is_refused(path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpf.study, "GridSampler", lambda space: GridSampler(space, seed=1))
+    monkeypatch.setattr(bpf.trials, "GridSampler", lambda space: GridSampler(space, seed=1))
     assert opening_fails(path) == (
         f"optuna {optuna.__version__} numbers the points of a grid differently from optuna 5.0, "
         "which bpf was made for: pip install optuna==5.0.0"
@@ -795,7 +799,8 @@ def test_a_network_file_system_is_refused(path: Path, monkeypatch: pytest.Monkey
         Study.create(path, "mine", {})
     assert str(raised.value) == (
         f"{path} is on a network file system (nfs4), where SQLite cannot lock reliably; "
-        "keep the experiment on a local disk."
+        "keep the experiment on a local disk, or its study on a server with "
+        "--storage postgresql://USER@HOST/DATABASE."
     )
 
 

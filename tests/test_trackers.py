@@ -14,9 +14,11 @@ from bpf.losses import cross_entropy
 from bpf.network import Network, Structure
 from bpf.spec import RunSpec
 from bpf.trackers import Probe, Tracker
+from bpf.trackers.activity import Activations
 from bpf.trackers.alignment import BpCosine, WeightAlignment
 from bpf.trackers.base import cosine
-from bpf.trackers.norms import Gradients
+from bpf.trackers.local import LocalLoss
+from bpf.trackers.norms import Gradients, Weights
 from bpf.training import Cohort
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
@@ -140,6 +142,87 @@ def test_gradients_are_euclidean_norms():
             torch.testing.assert_close(values[f"weight.{k}"][run], dfa[k].norm())
 
 
+def test_weights_are_euclidean_norms():
+    measured, _, _ = probe("dfa", batch_norm=True)
+    values = Weights().measure(measured)
+    assert sorted(values) == sorted(f"{kind}.{k}" for kind in ("weight", "bias") for k in range(4))
+    for name, value in values.items():
+        expected = [tensor.norm() for tensor in measured.network.parameters[name]]
+        torch.testing.assert_close(value, torch.stack(expected))
+
+
+@pytest.mark.parametrize("algorithm", [rule for rule in RULES if rule != "bp"])
+def test_the_signal_of_a_rule_is_the_gradient_of_its_local_loss(algorithm):
+    """By central differences in random directions, with the output error held."""
+    rule = probe(algorithm)[0].rule
+    drawn = torch.Generator().manual_seed(1)
+    p, e = (torch.randn(RUNS, BATCH, TARGETS, generator=drawn, dtype=torch.float64) for _ in range(2))
+    y = F.one_hot(torch.randint(TARGETS, (RUNS, BATCH), generator=drawn), TARGETS).double()
+    signal = rule.teaching_signal(p.clone(), y, e)
+    for _ in range(5):
+        direction = 1e-6 * torch.randn(p.shape, generator=drawn, dtype=torch.float64)
+        rise = rule.local_loss(p + direction, y, e) - rule.local_loss(p - direction, y, e)
+        torch.testing.assert_close(rise, 2 * (signal * direction).sum((1, 2)), rtol=1e-5, atol=1e-13)
+
+
+@pytest.mark.parametrize("algorithm", RULES)
+def test_local_losses_are_those_of_the_definition(algorithm):
+    measured, inputs, labels = probe(algorithm)
+    values = LocalLoss().measure(measured)
+    network = measured.network
+    for run in range(RUNS):
+        h, outputs = inputs[run], []
+        for k in range(4):
+            h = F.linear(h, network.parameters[f"weight.{k}"][run], network.parameters[f"bias.{k}"][run].squeeze(0))
+            h = torch.tanh(h) if k < 3 else h
+            outputs.append(h)
+        torch.testing.assert_close(values["layer.3"][run], F.cross_entropy(h, labels[run]))
+        y = F.one_hot(labels[run], TARGETS).double()
+        e = (h.softmax(-1) - y) / BATCH
+        for k in range(3 if algorithm != "bp" else 0):
+            p = outputs[k] @ network.buffers[f"feedback.{k}"][run]
+            expected = {
+                "dfa": (p * e).sum(),
+                "drtp": (p * y).sum() / BATCH,
+                "ll-cce": F.cross_entropy(p, labels[run]),
+                "ll-mse": F.mse_loss(p.sigmoid(), y),
+            }[algorithm]
+            torch.testing.assert_close(values[f"layer.{k}"][run], expected)
+    assert len(values) == (1 if algorithm == "bp" else 4)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"])
+def test_activations_are_described(activation):
+    structure = Structure(INPUTS, (7, 5), TARGETS, activation, init="torch")
+    network = Network.build(structure, range(RUNS), None, torch.float64)
+    network.parameters["weight.0"][1, 3] = 0  # a dead unit: its output does not depend on the input
+    network.parameters["weight.0"][2] *= 30
+    inputs = torch.randn(RUNS, BATCH, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule = RULES["bp"](RULES["bp"].Options(), Problem("classification", "sigmoid"))
+    values = Activations().measure(Probe(network, rule, cross_entropy, inputs, torch.empty(0)))
+    function = {"tanh": torch.tanh, "relu": F.relu, "swish": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu}.get(
+        activation, F.leaky_relu
+    )
+    for run in range(RUNS):
+        a = F.linear(inputs[run], network.parameters["weight.0"][run], network.parameters["bias.0"][run].squeeze(0))
+        a.requires_grad_()
+        h = function(a)
+        slope = torch.autograd.grad(h.sum(), a)[0].abs()
+        told = {name.removeprefix("layer.0."): value[run].item() for name, value in values.items() if "layer.0" in name}
+        h = h.detach()
+        assert told["mean"] == pytest.approx(h.mean().item())
+        assert told["std"] == pytest.approx(h.std().item())
+        dead = sum(len(set(unit.tolist())) == 1 for unit in h.T) / 7
+        assert told["dead"] == pytest.approx(dead)
+        assert told["saturated"] == pytest.approx((slope < 0.05 * slope.max()).double().mean().item())
+        ordered = sorted(h.flatten().tolist())
+        deciles = [ordered[round(i * (len(ordered) - 1) / 10)] for i in range(11)]
+        assert [told[f"q{10 * i:02d}"] for i in range(11)] == pytest.approx(deciles)
+    assert values["layer.0.dead"][1] >= 1 / 7
+    if activation in ("tanh", "sigmoid"):
+        assert values["layer.0.saturated"][2] > values["layer.0.saturated"][0] + 0.3
+
+
 def test_cosine_of_nothing_is_0():
     zero, one = torch.zeros(2, 3, 3), torch.ones(2, 3, 3)
     assert cosine(zero, one).tolist() == [0, 0]
@@ -167,17 +250,49 @@ def train(runs, data, **options):
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("algorithm", RULES)
 def test_measuring_changes_nothing(algorithm, batch_norm, layerwise, digits):
-    trackers = {"bp_cosine": BpCosine(), "weight_alignment": WeightAlignment(), "gradients": Gradients()}
+    trackers = {
+        "bp_cosine": BpCosine(),
+        "weight_alignment": WeightAlignment(),
+        "gradients": Gradients(),
+        "weights": Weights(),
+        "local_loss": LocalLoss(),
+        "activations": Activations(),
+    }
     runs = specs(algorithm, batch_norm=batch_norm)
     without = train(runs, digits, layerwise=layerwise)
     measured = train(runs, digits, trackers=trackers, layerwise=layerwise)
     for one, other in zip(without, measured, strict=True):
-        tracked = {name: values for name, values in other.history.items() if "/" in name}
-        rest = {name: values for name, values in other.history.items() if "/" not in name}
-        assert dataclasses.replace(other, history=rest, seconds=0.0) == dataclasses.replace(one, seconds=0.0)
-        assert len(tracked) == 3 + 6 + (0 if algorithm == "bp" else 2)
-        assert {len(values) for values in tracked.values()} == {other.epochs}
-        assert tracked["bp_cosine/layer.2"] == pytest.approx([1] * other.epochs, abs=1e-5)
+        untimed = [dataclasses.replace(r, tracked={}, seconds=0.0, tracking_seconds=0.0) for r in (one, other)]
+        assert untimed[0] == untimed[1]
+        assert (one.tracked, one.tracking_seconds) == ({}, 0.0)
+        assert 0 < other.tracking_seconds < other.seconds
+        assert other.tracked["epoch"] == list(range(other.epochs + 1)), "before training and after each epoch"
+        tracked = {name: values for name, values in other.tracked.items() if "/" in name}
+        layers = 0 if algorithm == "bp" else 2
+        assert len(tracked) == 3 + layers + 6 + 6 + (1 + layers) + 2 * 15
+        assert {len(values) for values in tracked.values()} == {other.epochs + 1}
+        assert tracked["bp_cosine/layer.2"] == pytest.approx([1] * (other.epochs + 1), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("1", [0, 5, 10, 15]), ("2", [0, 10]), ("4 steps", [0, 4, 8, 12]), ("10 steps", [0, 10]), ("99", [0])],
+)
+def test_how_often_to_measure(every, steps, digits):
+    runs = [run.model_copy(update={"early_stopping": 0, "tracker_every": every}) for run in specs("dfa")]
+    for record in train(runs, digits, trackers={"weights": Weights()}):
+        assert record.tracked["step"] == steps
+        assert record.tracked["epoch"] == [step / 5 for step in steps]
+        assert len(record.tracked["weights/weight.0"]) == len(steps)
+
+
+def test_an_interval_is_epochs_or_steps():
+    told = {text: RunSpec.model_validate({"dataset": "d", "algorithm": "bp", "tracker_every": text}).tracking
+            for text in ("5", 5, "5 epochs", "100 steps", "100steps", "1 step")}  # fmt: skip
+    assert told == {
+        "5": ("epochs", 5), 5: ("epochs", 5), "5 epochs": ("epochs", 5),
+        "100 steps": ("steps", 100), "100steps": ("steps", 100), "1 step": ("steps", 1),
+    }  # fmt: skip
 
 
 def test_values_belong_to_their_runs(digits):
@@ -189,9 +304,9 @@ def test_values_belong_to_their_runs(digits):
 
     runs = [run.model_copy(update={"early_stopping": 0}) for run in specs("bp")]
     records = train(runs, digits, trackers={"own": Own()})
-    sizes = [record.history["own/bias"][0] for record in records]
+    sizes = [record.tracked["own/bias"][1] for record in records]
     assert sizes[2] < 0.5 * sizes[0] < 0.5 * sizes[1]
-    assert [record.history["own/position"] for record in records] == [[1.0] * 3, [2.0] * 3, [0.0] * 3]
+    assert [record.tracked["own/position"] for record in records] == [[1.0] * 4, [2.0] * 4, [0.0] * 4]
 
 
 def test_dfa_aligns_weights_with_feedback(digits):
@@ -199,8 +314,8 @@ def test_dfa_aligns_weights_with_feedback(digits):
     runs = specs("dfa", arch="100-50", epochs=10, examples_frac=1.0, early_stopping=0)[::2]
     for record in train(runs, digits, trackers={"weight_alignment": WeightAlignment(), "bp_cosine": BpCosine()}):
         for k in (1, 2):
-            alignment = record.history[f"weight_alignment/layer.{k}"]
+            alignment = record.tracked[f"weight_alignment/layer.{k}"]
             assert alignment[-1] > alignment[0] + 0.03
-        assert record.history["weight_alignment/layer.2"][-1] > 0.3
-        towards_bp = record.history["bp_cosine/layer.1"]
+        assert record.tracked["weight_alignment/layer.2"][-1] > 0.3
+        towards_bp = record.tracked["bp_cosine/layer.1"]
         assert towards_bp[-1] > towards_bp[0] + 0.2

@@ -74,6 +74,12 @@ def weights(trained):
     return {run: {n: t[i].clone() for n, t in state["network"].items()} for i, run in enumerate(state["stacked"])}
 
 
+def network(trained):
+    """The network of a cohort of one run that was made with `keep_final`, whether it has left or not."""
+    state = trained.state()
+    return state["left"][0]["network"] if trained.done else {n: t[0] for n, t in state["network"].items()}
+
+
 def facts(record):
     """A record without its time, NaN made equal to itself."""
     return repr({name: value for name, value in dataclasses.asdict(record).items() if name != "seconds"})
@@ -167,7 +173,7 @@ class Plain:
 @pytest.mark.parametrize("algorithm", ["bp", "ll-cce"])
 def test_training_is_that_of_a_plain_loop(algorithm, optimizer, batch_norm, digits):
     run = spec(algorithm, optimizer=optimizer, batch_norm=batch_norm, weight_decay=0.01, dropout=0.2, batch_size=50)
-    plain, trained = Plain(run, digits), cohort([run], digits, dtype=torch.float64)
+    plain, trained = Plain(run, digits), cohort([run], digits, dtype=torch.float64, keep_final=True)
     record = trained.records[0]
     for epoch in range(run.epochs):
         loss, error = plain.epoch(epoch)
@@ -177,9 +183,9 @@ def test_training_is_that_of_a_plain_loop(algorithm, optimizer, batch_norm, digi
             [loss, error, val_loss, val_error], rel=1e-8
         )
     assert trained.done
-    for name, tensor in trained.state()["network"].items():
+    for name, tensor in network(trained).items():
         mine = plain.running[name] if name in plain.running else plain.parameters[name].detach()
-        torch.testing.assert_close(tensor[0].squeeze(0), mine, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(tensor.squeeze(0), mine, rtol=1e-7, atol=1e-8)
     test_loss, test_error = plain.scores(plain.test)
     if record.best_epoch == run.epochs:
         assert record.test == pytest.approx({"loss": test_loss, "error": test_error}, rel=1e-8)
@@ -519,11 +525,11 @@ def test_reconstruction_lowers_the_loss(algorithm, scaler, digits):
 @pytest.mark.parametrize("objective", ["loss", "error", "val_loss", "val_error"])
 def test_the_best_epoch_is_the_objectives_and_its_weights_are_tested(objective, digits):
     run = spec(objective=objective, lr=0.1, epochs=25, batch_norm=True, batch_size=50, data_seed=3, seed=1)
-    plain, trained = Plain(run, digits), cohort([run], digits, dtype=torch.float64)
+    plain, trained = Plain(run, digits), cohort([run], digits, dtype=torch.float64, keep_final=True)
     snapshots = []
     while not trained.done:
         trained.run_epoch()
-        snapshots.append({name: tensor[0].squeeze(0).clone() for name, tensor in trained.state()["network"].items()})
+        snapshots.append({name: tensor.squeeze(0).clone() for name, tensor in network(trained).items()})
     record = trained.records[0]
     assert {len(values) for values in record.history.values()} == {25}
     assert set(record.history) == {"loss", "error", "val_loss", "val_error"}

@@ -137,6 +137,13 @@ class ProjectionRule(Algorithm):
         """
         raise NotImplementedError
 
+    def local_loss(self, projected: Tensor, target: Tensor, output_error: Tensor) -> Tensor:
+        """The loss that a layer learns from, the batch mean of each run, [runs].
+
+        Here `⟨p, t⟩`, whose gradient t is as long as t does not depend on p. A rule whose signal does overrides this.
+        """
+        return (projected * self.teaching_signal(projected, target, output_error)).sum((1, 2))
+
     def gradients(self, step: Step) -> None:
         waiting: list[Trace] = []
         h = step.inputs

@@ -22,6 +22,9 @@ class LocalCrossEntropy(ProjectionRule):
         assert projected is not None
         return cross_entropy(projected, target)[1]
 
+    def local_loss(self, projected: Tensor, target: Tensor, output_error: Tensor) -> Tensor:
+        return cross_entropy(projected, target)[0].mean(1)
+
 
 class LocalSquaredError(ProjectionRule):
     """Local squared error: each layer learns to predict the target through a fixed random projection.
@@ -38,3 +41,6 @@ class LocalSquaredError(ProjectionRule):
     def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         assert projected is not None
         return squared_error(self.problem.squash)(projected, target)[1]
+
+    def local_loss(self, projected: Tensor, target: Tensor, output_error: Tensor) -> Tensor:
+        return squared_error(self.problem.squash)(projected, target)[0].mean(1)

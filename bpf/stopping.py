@@ -1,0 +1,61 @@
+"""The request to stop: by Ctrl-C, by a signal of the system or of a batch scheduler, or because time is up."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from bpf.errors import BpfError
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""SIGUSR1 is what Slurm is asked to send some time before it kills (`--signal=USR1@120`)."""
+
+
+class Interrupted(BpfError):
+    """The user or the system asked to stop; everything is stored and released."""
+
+    exit_code = 130
+
+
+@dataclass
+class Stop:
+    """Whether to stop after the current epoch: `request` was called, time is up, or `also` says so."""
+
+    max_hours: float | None = None
+    also: Callable[[], bool] = lambda: False
+    reason: str = ""
+    _asked: bool = False
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def asked(self) -> bool:
+        if not self._asked and self.max_hours is not None and time.monotonic() - self._began >= self.max_hours * 3600:
+            self.request(f"{self.max_hours:g} hours are over")
+        if not self._asked and self.also():
+            self.request()
+        return self._asked
+
+    def interruption(self) -> Interrupted:
+        """What to raise when the request has been met."""
+        return Interrupted(f"Stopped ({self.reason})" if self.reason else "Stopped")
+
+    def request(self, reason: str = "") -> None:
+        self._asked, self.reason = True, self.reason or reason
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Ask on the first SIGINT, SIGTERM or SIGUSR1; the second SIGINT interrupts at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.request()
+
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
