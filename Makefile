@@ -23,8 +23,8 @@ demo: install  ## run a real grid over five learning rules on the embedded data 
 test: install  ## run every test
 	$(BIN)/python -m pytest
 
-chaos: install  ## kill workers and supervisors 200 times at random, and compare what comes out
-	BPF_CHAOS_KILLS=200 $(BIN)/python -m pytest -s tests/test_chaos.py
+chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out
+	BPF_CHAOS_KILLS=$${BPF_CHAOS_KILLS:-200} $(BIN)/python -m pytest -s tests/test_chaos.py
 
 lint: install  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -13,9 +13,9 @@ from bpf.data.subsets import subset
 from bpf.database import Database
 from bpf.errors import RunError, UsageError
 from bpf.experiment import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
-from bpf.grid import Grid, as_grid, check_run, expand, resolve_options
+from bpf.grid import MAX_CELLS, Grid, as_grid, check_run, expand, resolve_options
 from bpf.plan import OPEN, STATES, Row
-from bpf.results import Ranked, history_columns, rank, result_columns
+from bpf.results import Ranked, history_columns, rank, result_columns, tracker_columns, winners
 from bpf.spec import GridSpec, RunSpec
 from bpf.study import Study
 
@@ -135,6 +135,8 @@ def run(
             )
             for device in devices[: max(1, outset.open)]
         ]
+        if not outset.open:
+            return
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
             if alone:
@@ -158,6 +160,8 @@ def _check(experiment: Experiment) -> Data:
     expand(spec, experiment.rules())
     loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
     _check_subsets(spec, loaded)
+    if not experiment.is_here:
+        experiment.is_unplanned()  # a server that cannot be reached says so now
     return loaded
 
 
@@ -210,30 +214,30 @@ def join(
 class Outset:
     """How an experiment stands when work on it begins, for whoever shows the progress.
 
-    `cost` is the work of the cells that are not finished. `varying` are the parameters with more than one value.
+    `cost` is the work of the cells that are not finished, `best` the best value of each rule. `varying` are the
+    parameters with more than one value.
     """
 
     objective: str
     total: int
     open: int
     cost: float
-    best: tuple[float, str] | None
+    best: dict[str, float]
     varying: frozenset[str]
 
     @classmethod
     def of(cls, study: "Study", spec: GridSpec) -> "Outset":
         tallies = study.tally()
         left = [tally for tally in tallies if tally.state in OPEN]
-        found = {rule: study.best(rule) for rule in {tally.rule for tally in tallies}}
-        best = min(((one[1], rule) for rule, one in found.items() if one is not None), default=None)
-        axes = [axis for rule in found for axis in study.axes(rule)]
+        found = {rule: study.best(rule) for rule in study.rules()}
+        best = {rule: one[1] for rule, one in found.items() if one is not None}
         return cls(
             spec.objective,
             sum(tally.count for tally in tallies),
             sum(tally.count for tally in left),
             sum(tally.cost for tally in left) * spec.executions_per_trial,
             best,
-            frozenset(axis.name for axis in axes if len(axis.values) > 1),
+            _varying(study),
         )
 
 
@@ -309,21 +313,50 @@ def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool 
 
 
 def table(experiment: Experiment, what: str) -> Iterator[dict[str, Any]]:
-    """Flat records: of every cell (`results`), or of every epoch of every execution (`history`)."""
+    """Flat records: of every cell (`results`), epoch (`history`) or measurement (`trackers`) of an execution."""
     with closing(experiment.open_study(reading=True)) as study:
         axes = {axis.name: None for rule in experiment.grid.algorithm for axis in study.axes(rule)}
         for row in study.rows():
             cell = {"cell": row.name, "key": row.key, "algorithm": row.rule, **axes, **row.params}
             if what == "results":
                 yield cell | result_columns(row)
-            else:
-                for number, record in enumerate(study.history(row.key) or []):
-                    yield from (cell | epoch for epoch in history_columns(number, record))
+                continue
+            columns = history_columns if what == "history" else tracker_columns
+            for number, record in enumerate(study.history(row.key) or []):
+                yield from (cell | moment for moment in columns(number, record))
 
 
-def best(experiment: Experiment, top: int | None = None) -> list[Ranked]:
+def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:
     """The complete cells ranked by the objective, best first."""
-    return rank(rows(experiment))[:top]
+    return ranking(experiment, top).top
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The `top` cells, the best one of each rule (`winners`), both best first; how many cells are in each state; the
+    parameters with more than one value; and the first cell that failed.
+    """
+
+    top: list[Ranked]
+    winners: list[Ranked]
+    counts: dict[str, int]
+    varying: frozenset[str]
+    failure: Row | None
+
+
+def ranking(experiment: Experiment, top: int) -> Ranking:
+    """What came out so far. It reads no more cells than are shown."""
+    with closing(experiment.open_study(reading=True)) as study:
+        counts = study.counts()
+        rules = study.rules()
+        leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
+        failed = study.rows(state="failed")[:1] if counts["failed"] else []
+        return Ranking(leaders[:top], winners(leaders), counts, _varying(study), failed[0] if failed else None)
+
+
+def _varying(study: Study) -> frozenset[str]:
+    """The parameters with more than one value: what never changes says nothing in a table."""
+    return frozenset(axis.name for rule in study.rules() for axis in study.axes(rule) if len(axis.values) > 1)
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:
@@ -352,19 +385,19 @@ def train_report(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def newest(root: Path) -> Experiment:
+def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
     """The experiment below `root` that was touched last."""
     found = find(root)
     if not found:
         raise UsageError(f"There is no experiment in {root}. Start one with `bpf tune`, or name its directory.")
-    return open_experiment(found[0])
+    return open_experiment(found[0], place)
 
 
-def newest_unfinished(root: Path) -> Experiment:
+def newest_unfinished(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
     """The experiment below `root` that was touched last and has something left to do."""
-    newest(root)
+    newest(root, place)
     for directory in find(root):
-        experiment = open_experiment(directory)
+        experiment = open_experiment(directory, place)
         if experiment.database.missing() or counts_open(status(experiment)["cells"]):
             return experiment
     raise UsageError(f"Every experiment in {root} is finished. Start one with `bpf tune`, or name a directory.")

@@ -69,6 +69,13 @@ class ClaimTraining:
         return self._part.examples
 
     @property
+    def objective(self) -> float | None:
+        """The best objective of the runs in training in the last epoch, if any is finite."""
+        name, epoch = self.specs[0].objective, self._part.epoch
+        last = [record.history[name][-1] for record in self._part.records if record.epochs == epoch > 0]
+        return min((value for value in last if math.isfinite(value)), default=None)
+
+    @property
     def epoch(self) -> int:
         """Epochs that are done; those of the parts are added up."""
         others = [*self._states, *self._stored[len(self._states) + 1 :]]

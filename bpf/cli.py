@@ -1,10 +1,10 @@
 """The command line. The only place that turns errors into text and exit codes."""
 
-import json
 import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpf import __version__
-from bpf.errors import BpfError, RunError, UsageError, did_you_mean
+from bpf import __version__, viewing
+from bpf.arguments import (
+    RUNS,
+    TOP,
+    AsJson,
+    CheckpointEvery,
+    Checkpoints,
+    DataDir,
+    Directory,
+    ExperimentName,
+    KeepCheckpoints,
+    MaxHours,
+    Notify,
+    Quiet,
+    SpecFile,
+    Storage,
+    Verbose,
+    Workers,
+    opened,
+    place_of,
+    print_json,
+)
+from bpf.errors import BpfError, RunError, UsageError
 from bpf.fields import build, json_schema
 from bpf.options import is_value, merge, with_spec_options
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
@@ -24,7 +45,9 @@ from bpf.spec import GridSpec, RunSpec, digest
 if TYPE_CHECKING:
     from bpf.api import Effort, Outset
     from bpf.console import LiveProgress
-    from bpf.experiment import Experiment, Place
+    from bpf.experiment import Experiment
+
+    Observer = Callable[[Outset], LiveProgress]
 
 app = typer.Typer(
     help="Train fully connected networks without backpropagation, and compare learning rules by grid search.",
@@ -33,79 +56,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     rich_markup_mode="rich",
 )
-RUNS = Path("runs")
 MAX_WORKERS = 1024
 SPEC_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
-
-Directory = Annotated[Path | None, typer.Argument(help="The experiment's directory.", show_default=False)]
-SpecFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--spec",
-        help="Read the settings from a YAML, TOML or JSON file; options win over it.",
-        metavar="FILE",
-    ),
-]
-DataDir = Annotated[
-    Path,
-    typer.Option(envvar="BPF_DATA_DIR", help="Where data sets live, in torchvision's own layout.", metavar="DIR"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-CheckpointEvery = Annotated[
-    float,
-    typer.Option("--checkpoint-every", min=0.0, help="Least seconds between two checkpoints.", metavar="SECONDS"),
-]
-MaxHours = Annotated[
-    float | None,
-    typer.Option(
-        "--max-hours", min=0.0, help="Stop by itself after this time, as with Ctrl-C.", metavar="H", show_default=False
-    ),
-]
-Workers = Annotated[
-    str,
-    typer.Option(
-        "--workers",
-        help="Processes that train; auto is one per GPU, or one per processor core.",
-        metavar="auto|N",
-    ),
-]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        envvar="BPF_STORAGE",
-        show_envvar=True,
-        help="Where the study is kept, if not in the experiment's directory: postgresql://USER@HOST/DATABASE "
-        "or sqlite:///PATH. A password is better kept in PGPASSWORD or ~/.pgpass.",
-        metavar="URL",
-        show_default=False,
-    ),
-]
-ExperimentName = Annotated[
-    str | None,
-    typer.Option(
-        "--experiment",
-        help="The experiment's name in the storage; by default that of its directory.",
-        metavar="NAME",
-        show_default=False,
-    ),
-]
-Checkpoints = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoints",
-        help="A folder, shared with other machines, for the checkpoints and models of experiments.",
-        metavar="DIR",
-        show_default=False,
-    ),
-]
-KeepCheckpoints = Annotated[
-    bool,
-    typer.Option(
-        "--keep-checkpoints", help="Keep those of finished cells, so that the same runs can go on for more epochs."
-    ),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -143,29 +95,50 @@ def tune(
     checkpoints: Checkpoints = None,
     keep_checkpoints: KeepCheckpoints = False,
     checkpoint_every: CheckpointEvery = 30.0,
+    lr_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--lr-from",
+            help="For val_* objectives: take the learning rate of each setup from this experiment with objective loss "
+            "or error; by default from the one beside it, or from DIRECTORY itself.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    notify: Notify = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a grid search; the same command again goes on where it stopped.
 
     What you fix is not tuned. A list is given as `--lr 1e-3,1e-2` or by repeating the option.
     """
-    effort = _effort(workers, None, checkpoint_every, max_hours)
-    from bpf import api, console
+    from bpf import api, console, handover
 
+    effort = _effort(workers, None, checkpoint_every, max_hours)
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
-    place = _place(storage, experiment_name, checkpoints, keep_checkpoints)
-    experiment = api.open_tune(_new(directory), grid, data_dir, place)
+    directory, earlier = handover.phase_directory(_new(directory), grid.objective)
+    if lr_from is not None or (grid.awaits_rates and earlier is not None):
+        from bpf.experiment import open_experiment
+
+        taken = handover.resolve(grid, open_experiment(lr_from or earlier or directory))
+        grid = taken.grid
+        if not (quiet or as_json):
+            for line in taken.lines():
+                console.say(line)
+    place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
+    experiment = api.open_tune(directory, grid, data_dir, place)
     planned = api.plan(experiment)
     if as_json and dry_run:
-        _print_json(planned.as_json())
+        print_json(planned.as_json())
     elif not as_json and (dry_run or not quiet):
         console.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
     if plan_only and not dry_run:
         api.store_plan(experiment, _command())
     elif not dry_run:
-        _run(experiment, effort, quiet or as_json)
+        _run(experiment, effort, _observer(quiet or as_json, verbose), notify=notify)
         _show_ranking(experiment, as_json)
 
 
@@ -179,7 +152,9 @@ def train(
     max_hours: MaxHours = None,
     keep_checkpoints: KeepCheckpoints = False,
     checkpoint_every: CheckpointEvery = 30.0,
+    notify: Notify = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one network; the same command again goes on where it stopped."""
@@ -189,9 +164,9 @@ def train(
 
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(run.model_dump(mode='json', exclude={'device'}))[:8]}"
-    place = _place(None, None, None, keep_checkpoints)
+    place = place_of(None, None, None, keep_checkpoints)
     experiment = api.open_train(_new(directory or RUNS / name), run, data_dir, place)
-    _run(experiment, effort, quiet or as_json)
+    _run(experiment, effort, _observer(quiet or as_json, verbose), notify=notify)
     _show_run(experiment, as_json)
 
 
@@ -211,19 +186,22 @@ def resume(
     max_hours: MaxHours = None,
     storage: Storage = None,
     checkpoint_every: CheckpointEvery = 30.0,
+    notify: Notify = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with an experiment where it stopped (by default the newest unfinished one in runs/)."""
     from bpf import api
 
     effort = _effort(workers, device, checkpoint_every, max_hours)
-    experiment = _open(directory, storage) if directory else api.newest_unfinished(RUNS)
+    place = place_of(storage, None, None, False)
+    experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
         typer.echo(f"Going on with {experiment.directory}", err=True)
-    _run(experiment, effort, quiet or as_json, retry_failed)
+    _run(experiment, effort, _observer(quiet or as_json, verbose), retry_failed, notify)
     (_show_run if experiment.kind == "train" else _show_ranking)(experiment, as_json)
 
 
@@ -243,6 +221,7 @@ def worker(
     max_hours: MaxHours = None,
     checkpoint_every: CheckpointEvery = 30.0,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Help with an experiment from another terminal or machine, until nothing is left to claim.
 
@@ -254,7 +233,7 @@ def worker(
 
     effort, files = _effort("1", device, checkpoint_every, max_hours), None
     if directory is not None:
-        experiment = _open(directory, storage)
+        experiment = opened(directory, storage)
         files = experiment.files  # which its database does not know if the directory has been moved
         data_dir = data_dir or experiment.data_dir
         where, experiment_name = experiment.database, experiment.name
@@ -263,116 +242,13 @@ def worker(
     else:
         raise UsageError("Name the experiment's directory, or the --storage that its study is kept in.")
     with _interruptible("The cells go on with `bpf resume`, or another `bpf worker`."):
-        joined = api.join(where, experiment_name, data_dir, checkpoints, _observer(quiet), effort, files)
+        joined = api.join(where, experiment_name, data_dir, checkpoints, _observer(quiet, verbose), effort, files)
     if not quiet:
         typer.echo(f"Nothing is left to claim in {joined}.", err=True)
 
 
-@app.command()
-def status(
-    directory: Directory = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Show why cells have failed.")] = False,
-    storage: Storage = None,
-    as_json: AsJson = False,
-) -> None:
-    """How far an experiment is (by default the newest in runs/)."""
-    from bpf import api, console
-
-    experiment = _open(directory, storage)
-    if failed:
-        rows = [row for row in api.rows(experiment) if row.state == "failed"]
-        if as_json:
-            _print_json(
-                [
-                    {
-                        "cell": row.name,
-                        "algorithm": row.rule,
-                        "params": row.params,
-                        "cause": row.cause,
-                        "error": row.error,
-                    }
-                    for row in rows
-                ]
-            )
-        else:
-            console.show_failures(rows)
-    elif as_json:
-        _print_json(api.status(experiment))
-    else:
-        console.show_status(api.status(experiment))
-
-
-@app.command()
-def best(
-    directory: Directory = None,
-    top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = 10,
-    storage: Storage = None,
-    as_json: AsJson = False,
-) -> None:
-    """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
-    from bpf import api, console
-
-    experiment = _open(directory, storage)
-    if as_json:
-        _print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
-    else:
-        console.show_results(api.rows(experiment), experiment.grid.objective, top)
-
-
-@app.command()
-def show(directory: Directory = None, as_json: AsJson = False) -> None:
-    """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
-    from bpf import api, console
-
-    provenance = api.provenance(_open(directory, None))
-    _print_json(provenance) if as_json else console.show_provenance(provenance)
-
-
-@app.command()
-def clean(
-    directory: Directory = None,
-    storage: Storage = None,
-    checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Also those that were kept of finished cells.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove what an experiment does not need any more: left-over checkpoints, models, temporary and lock files.
-
-    Results, histories, the best model of each rule, and checkpoints of cells that go on are never touched.
-    """
-    from bpf import api, console
-
-    removed = api.clean(_open(directory, storage), checkpoints, dry_run)
-    _print_json(removed) if as_json else console.show_cleaned(removed, dry_run)
-
-
-@app.command()
-def export(
-    directory: Directory = None,
-    what: Annotated[str, typer.Option(help="results: a row per cell; history: a row per epoch.")] = "results",
-    format_: Annotated[str, typer.Option("--format", help="csv or json.")] = "csv",
-    storage: Storage = None,
-) -> None:
-    """Print every cell, or every epoch of every execution, for other programs."""
-    from bpf import api
-
-    for name, value, known in (("what", what, ("results", "history")), ("format", format_, ("csv", "json"))):
-        if value not in known:
-            raise UsageError(f"--{name} {value}: give {' or '.join(known)}.{did_you_mean(value, known)}")
-    table = api.table(_open(directory, storage), what)
-    if format_ == "json":
-        _print_json(list(table))
-        return
-    import csv
-
-    writer: csv.DictWriter[str] | None = None
-    for record in table:
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(record), restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(record)
+for command in viewing.COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -389,7 +265,7 @@ def algorithms(
         _list_plugins(ALGORITHMS, as_json)
     else:
         description = listing.describe_algorithm(name)
-        _print_json(description) if as_json else typer.echo(listing.algorithm_text(description))
+        print_json(description) if as_json else typer.echo(listing.algorithm_text(description))
 
 
 @app.command()
@@ -409,7 +285,7 @@ def datasets(
 
     infos = listing.datasets(data_dir) if name is None else [listing.dataset(name, data_dir)]
     if as_json:
-        _print_json([listing.dataset_json(info) for info in infos] if name is None else listing.dataset_json(infos[0]))
+        print_json([listing.dataset_json(info) for info in infos] if name is None else listing.dataset_json(infos[0]))
     else:
         typer.echo(listing.datasets_text(infos) if name is None else listing.dataset_text(infos[0]))
 
@@ -419,7 +295,7 @@ def schema(
     run: Annotated[bool, typer.Option("--run", help="The schema of a single run instead of a grid's.")] = False,
 ) -> None:
     """Print the JSON schema of spec files."""
-    _print_json(json_schema(RunSpec if run else GridSpec))
+    print_json(json_schema(RunSpec if run else GridSpec))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -449,22 +325,61 @@ def _fail(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def _run(experiment: "Experiment", effort: "Effort", quiet: bool, retry_failed: bool = False) -> None:
+def _run(
+    experiment: "Experiment",
+    effort: "Effort",
+    observe: "Observer",
+    retry_failed: bool = False,
+    notify: list[str] | None = None,
+) -> None:
     from bpf import api
+    from bpf.supervisor import Crashed
 
     directory = shlex.quote(str(experiment.directory))
-    with _interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun):
-        api.run(experiment, _observer(quiet), _command(), effort, retry_failed)
+    with (
+        _notifying(experiment, notify or []),
+        _interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun),
+    ):
+        try:
+            api.run(experiment, observe, _command(), effort, retry_failed)
+        except Crashed as error:
+            raise Crashed(f"{error} See `bpf status {directory}`; go on with: bpf resume {directory}") from error
+
+
+@contextmanager
+def _notifying(experiment: "Experiment", targets: list[str]) -> Iterator[None]:
+    """Tell the targets how the work ended."""
+    from bpf.notifying import Notifier, summarize
+    from bpf.stopping import Interrupted
+
+    began, event, message = time.monotonic(), "finished", ""
+    try:
+        yield
+    except Interrupted as stopped:
+        event, message = "stopped", str(stopped)
+        raise
+    except BpfError as error:
+        event, message = "failed", str(error)
+        raise
+    finally:
+        if targets and experiment.begun:
+            for warning in Notifier(targets).send(
+                event, summarize(experiment, event, time.monotonic() - began, message)
+            ):
+                typer.echo(warning, err=True)
 
 
 def _command() -> list[str]:
-    return ["bpf", *sys.argv[1:]]
+    """As an experiment remembers it; where notifications go is a secret."""
+    from bpf.notifying import hidden
+
+    return hidden(["bpf", *sys.argv[1:]])
 
 
-def _observer(quiet: bool) -> Callable[["Outset"], "LiveProgress"]:
+def _observer(quiet: bool, verbose: bool) -> "Observer":
     from bpf import console
 
-    return lambda outset: console.LiveProgress(outset, quiet)
+    return lambda outset: console.LiveProgress(outset, quiet, verbose)
 
 
 @contextmanager
@@ -475,7 +390,7 @@ def _interruptible(go_on: str, begun: Callable[[], bool] = lambda: True) -> Iter
     try:
         yield
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped}, and everything is stored. {go_on}") from None
+        raise Interrupted(f"{stopped} {go_on}") from None
     except KeyboardInterrupt:
         last = f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun."
         raise Interrupted(f"Interrupted at once. {last}") from None
@@ -489,22 +404,16 @@ def _effort(workers: str, device: str | None, checkpoint_every: float, max_hours
     return Effort(None if workers == "auto" else int(workers), device, checkpoint_every, max_hours)
 
 
-def _place(storage: str | None, name: str | None, checkpoints: Path | None, keep: bool) -> "Place":
-    from bpf.database import Database
-    from bpf.experiment import Place
-
-    return Place(Database.at(storage) if storage else None, name, checkpoints, keep)
-
-
 def _show_ranking(experiment: "Experiment", as_json: bool) -> None:
     from bpf import api, console
+    from bpf.grid import MAX_CELLS
 
-    rows = api.rows(experiment)
+    ranking = api.ranking(experiment, MAX_CELLS if as_json else TOP)
     if as_json:
-        _print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment)])
+        print_json([entry.as_json(experiment.grid.objective) for entry in ranking.top])
     else:
-        console.show_results(rows, experiment.grid.objective)
-    failed = sum(row.state == "failed" for row in rows)
+        console.show_results(ranking, experiment.grid.objective)
+    failed = ranking.counts["failed"]
     if failed:
         raise RunError(
             f"{failed} cell{'s' if failed > 1 else ''} failed: see `bpf status {experiment.directory} --failed`; "
@@ -516,14 +425,7 @@ def _show_run(experiment: "Experiment", as_json: bool) -> None:
     from bpf import api, console
 
     report = api.train_report(experiment)
-    _print_json(report) if as_json else console.show_run(report)
-
-
-def _open(directory: Path | None, storage: str | None) -> "Experiment":
-    from bpf import api
-    from bpf.experiment import open_experiment
-
-    return open_experiment(directory, _place(storage, None, None, False)) if directory else api.newest(RUNS)
+    print_json(report) if as_json else console.show_run(report)
 
 
 def _new(directory: Path) -> Path:
@@ -543,7 +445,7 @@ def _list_plugins(group: str, as_json: bool) -> None:
     from bpf import listing
 
     plugins = Registry(group).plugins()
-    _print_json(listing.plugins_json(plugins)) if as_json else typer.echo(listing.plugins_text(plugins))
+    print_json(listing.plugins_json(plugins)) if as_json else typer.echo(listing.plugins_text(plugins))
 
 
 def _read_spec(path: Path | None) -> dict[str, Any]:
@@ -557,7 +459,3 @@ def _read_spec(path: Path | None) -> dict[str, Any]:
 def _slug(dataset: str) -> str:
     kind, _, source = dataset.partition(":")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{kind}-{Path(source).stem}" if source else kind)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))

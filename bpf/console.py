@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,17 @@ from rich.table import Table
 from bpf.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
 from bpf.grid import Grid
 from bpf.plan import Row
-from bpf.results import Ranked, Spread, rank, varying, winners
+from bpf.results import Ranked, Spread
 
 if TYPE_CHECKING:
-    from bpf.api import Outset
+    from bpf.api import Outset, Ranking
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 5.0
+SHOWN_RULES = 5
+MARKS = "▁▂▃▄▅▆▇█"
 SHORT = {"batch_norm": "bn", "bw_init": "feedback", "activation": "act"}
 
 
@@ -32,11 +34,12 @@ class LiveProgress:
     applied to the work that is left.
     """
 
-    def __init__(self, outset: "Outset", quiet: bool = False) -> None:
-        self._outset, self._quiet = outset, quiet
+    def __init__(self, outset: "Outset", quiet: bool = False, verbose: bool = False) -> None:
+        self._outset, self._quiet, self._verbose = outset, quiet, verbose
         self._left, self._spent = outset.cost, 0.0
         self._ended = outset.total - outset.open
-        self._best = outset.best
+        self._best = dict(outset.best)
+        self._curves: dict[int, list[float]] = {}
         self._at_work: dict[int, Began] = {}
         self._shares: dict[int, float] = {}
         self._states: Counter[str] = Counter()
@@ -76,7 +79,7 @@ class LiveProgress:
 
     def _began(self, worker: int, event: Began) -> None:
         self._rest(worker)
-        self._at_work[worker] = event
+        self._at_work[worker], self._curves[worker] = event, []
         if worker not in self._tasks:
             self._tasks[worker] = self._progress.add_task(f"worker {worker}", total=None, note="")
         self._progress.update(
@@ -88,7 +91,9 @@ class LiveProgress:
         share = (event.epoch - began.epoch) / max(1, began.epochs - began.epoch) * began.cost
         self._spent += share - self._shares.get(worker, 0.0)
         self._shares[worker] = share
-        note = f"{_cohort(began)}, {event.speed:,.0f} examples/s"
+        curve = self._curves.setdefault(worker, [])
+        curve += [event.objective] if event.objective is not None else []
+        note = f"{_cohort(began)}, {event.speed:,.0f} examples/s {sparkline(curve)}"
         self._progress.update(self._tasks[worker], completed=event.epoch, note=note)
         if not self._quiet and not err.is_terminal and time.monotonic() - self._spoke > 30:  # a long cohort
             self._say(f"{_cohort(began)}: epoch {event.epoch} of {began.epochs}")
@@ -98,10 +103,10 @@ class LiveProgress:
         self._left -= event.cost
         self._shares[worker] = max(0.0, self._shares.get(worker, 0.0) - event.cost)
         self._states[event.state] += 1
-        if event.value is not None and (self._best is None or event.value < self._best[0]):
-            self._best = event.value, event.rule
+        if event.value is not None:
+            self._best[event.rule] = min(event.value, self._best.get(event.rule, event.value))
         due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._outset.total
-        if due and not self._quiet and not err.is_terminal:
+        if self._verbose or (due and not self._quiet and not err.is_terminal):
             shown = f"{self._outset.objective} {number(event.value)}" if event.value is not None else event.state
             varying = {name: value for name, value in event.params.items() if name in self._outset.varying}
             what = " ".join(filter(None, (event.rule, describe(varying))))
@@ -130,7 +135,9 @@ class LiveProgress:
         if self._spent and self._ended < self._outset.total:
             parts.append(f"{duration(max(0.0, left) / self._spent * (time.monotonic() - self._start))} left")
         if self._best:
-            parts.append(f"best {self._outset.objective} {number(self._best[0])} by {self._best[1]}")
+            ranked = sorted(self._best.items(), key=lambda pair: pair[1])
+            told = [f"{number(value)} by {rule}" for rule, value in ranked[: SHOWN_RULES if err.is_terminal else 1]]
+            parts.append(f"best {self._outset.objective} {', '.join(told)}")
         parts += [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
         return ", ".join(parts)
 
@@ -138,6 +145,16 @@ class LiveProgress:
 def _cohort(event: Began) -> str:
     cells = f"{event.cells} cell{'s' if event.cells > 1 else ''}"
     return f"{event.rule} {event.arch} {event.activation}, {cells}"
+
+
+def sparkline(values: Sequence[float], width: int = 12) -> str:
+    """A small curve, such as `█▅▃▂▁`, of the whole series: each mark is the last value of its part."""
+    if len(values) < 2:
+        return ""
+    count = min(width, len(values))
+    shown = [values[(i + 1) * len(values) // count - 1] for i in range(count)]
+    low, high = min(shown), max(shown)
+    return "".join(MARKS[round((value - low) / ((high - low) or 1) * (len(MARKS) - 1))] for value in shown)
 
 
 def say(text: str) -> None:
@@ -164,31 +181,31 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         say(f"left out: {left.cells} cells of {left.rule} ({left.reason})")
 
 
-def show_results(rows: Sequence[Row], objective: str, top: int = 10) -> None:
+def show_results(ranking: "Ranking", objective: str) -> None:
     """The ranked cells, and each rule's winner on the test set."""
-    ranked = rank(rows)
-    states = Counter(row.state for row in rows)
-    if not ranked:
-        say(f"No complete cell yet ({', '.join(f'{n} {state}' for state, n in states.items())}).")
+    counts = ranking.counts
+    if not ranking.top:
+        say(f"No complete cell yet ({', '.join(f'{count} {state}' for state, count in counts.items() if count)}).")
         return
-    names = varying(rows)
     out.print()
-    out.print(_table(f"Ranked by {objective}", ranked[:top], names, objective, test=False))
-    if len(ranked) > top:
-        say(f"... and {len(ranked) - top} more; see `bpf best --top {len(ranked)}`.")
+    out.print(_table(f"Ranked by {objective}", ranking.top, ranking.varying, objective, test=False))
+    if counts["complete"] > len(ranking.top):
+        rest = counts["complete"] - len(ranking.top)
+        say(f"... and {rest} more; see `bpf best --top {counts['complete']}`.")
     out.print()
-    out.print(_table("The winner of each rule on the test set", winners(ranked), names, objective, test=True))
-    executions = len(ranked[0].objective.values)
+    title = "The winner of each rule on the test set"
+    out.print(_table(title, ranking.winners, ranking.varying, objective, test=True))
+    executions = len(ranking.top[0].objective.values)
     spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
-    others = [f"{states[state]} {state}" for state in ("diverged", "failed") if states[state]]
-    say(f"{spread}; {states['complete']} cells complete{''.join(f', {o}' for o in others)}.")
-    failed = [row for row in rows if row.state == "failed"]
-    if failed:
-        last = (failed[0].error or "").strip().splitlines()[-1]
-        say(f"first failure: {failed[0].rule} {describe(failed[0].params)}: {last}")
+    others = [f"{counts[state]} {state}" for state in ("diverged", "failed") if counts[state]]
+    say(f"{spread}; {counts['complete']} cells complete{''.join(f', {o}' for o in others)}.")
+    if ranking.failure:
+        last = (ranking.failure.error or "").strip().splitlines()[-1]
+        varying = {name: value for name, value in ranking.failure.params.items() if name in ranking.varying}
+        say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
 
 
-def _table(title: str, ranked: Sequence[Ranked], names: Sequence[str], objective: str, test: bool) -> Table:
+def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("rule", no_wrap=True)
@@ -315,6 +332,30 @@ def show_cleaned(removed: dict[str, Any], dry_run: bool) -> None:
     count = len(removed["files"])
     done = "would be removed" if dry_run else "removed"
     say(f"{count} file{'s' if count != 1 else ''} {done}, {removed['bytes'] / 2**20:.1f} MiB.")
+
+
+def show_scores(scores: dict[str, Any]) -> None:
+    """What `bpf evaluate` found: loss, error, and how classes are taken for each other."""
+    say(f"{scores['model']} on the {scores['part']} part of {scores['dataset']}: {scores['examples']} examples")
+    error = "" if scores["error"] is None else f"   error {100 * scores['error']:.2f} %"
+    say(f"  loss {number(scores['loss'])}{error}")
+    if scores["confusion"] is None:
+        return
+    table = Table(title="true class (rows), taken for", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for name in scores["classes"]:
+        table.add_column(str(name), justify="right")
+    for name, counts in zip(scores["classes"], scores["confusion"], strict=True):
+        table.add_row(str(name), *(str(count) if count else "." for count in counts))
+    out.print(table)
+
+
+def show_predictions(found: Sequence[dict[str, Any]]) -> None:
+    """A line for each image and class, or for each image that was written."""
+    for one in found:
+        score = one.get("probability", one.get("score"))
+        told = f"-> {one['output']}" if "output" in one else f"{one['class']}  {100 * float(score or 0):.1f} %"
+        say(f"{one['file']}  {told}")
 
 
 def show_run(report: dict[str, Any]) -> None:

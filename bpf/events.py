@@ -21,10 +21,14 @@ class Began:
 
 @dataclass(frozen=True)
 class Trained:
-    """The cohort has been trained up to `epoch`, lately with `speed` examples a second over all its runs."""
+    """The cohort has been trained up to `epoch`, lately with `speed` examples a second over all its runs.
+
+    `objective` is the best of its runs in that epoch, if any is finite.
+    """
 
     epoch: int
     speed: float
+    objective: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Left:
-    """The worker's last word: `done`, `stopped`, `failed` with a message, or `crashed` with a traceback."""
+    """The worker's last word: `done`, `stopped`, `cut short`, `failed` with a message, `crashed` with a traceback."""
 
     how: str
     text: str = ""

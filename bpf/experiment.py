@@ -19,7 +19,7 @@ from bpf.database import Database
 from bpf.errors import UsageError
 from bpf.fields import build
 from bpf.files import explaining, write_text
-from bpf.grid import Grid, expand
+from bpf.grid import Grid, expand, words
 from bpf.plan import Cell, Row
 from bpf.provenance import provenance, redacted
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
@@ -36,6 +36,8 @@ _CONTENT = {"kind": str, "name": str, "created": str, "sessions": list, "data_di
 FREE_TO_CHANGE = frozenset({"device"})
 """Settings that say where to train, not what."""
 MAY_GROW = frozenset({"epochs", "executions_per_trial"})
+LISTED = 10
+"""How many setups whose learning rate has changed are listed."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Place:
     """Where the parts of an experiment lie if not in its directory, as asked for on the command line.
 
     `storage` is the database, `name` the experiment's name in it, `checkpoints` a folder for the checkpoints and
-    models of many experiments.
+    models of many experiments. A `storage` that is but the `usual` one is for new experiments: one that lies elsewhere
+    stays there.
     """
 
     storage: Database | None = None
     name: str | None = None
     checkpoints: Path | None = None
     keep_checkpoints: bool = False
+    usual: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Experiment:
     def plan(self) -> tuple[Study, Grid]:
         """The study with every cell of the grid in it; what is there already stays as it is."""
         grid = expand(self.grid, self.rules())
-        study = self._create_study() if self._is_unplanned() else self.open_study()
+        study = self._create_study() if self.is_unplanned() else self.open_study()
         try:
             before = grid_of(study.settings)
             reopened = self._longer(study, before, grid)
@@ -174,7 +178,7 @@ class Experiment:
         """Whether one checkpoint holds the ends of all executions of a finished cell."""
         return row.cohort is not None and self.checkpoint(row.cohort).exists() and not row.added
 
-    def _is_unplanned(self) -> bool:
+    def is_unplanned(self) -> bool:
         if self.database.missing():
             return not self._has_trained()
         return not self.is_here and not Study.exists(self.database, self.name)
@@ -239,7 +243,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
     epochs or executions grew. Raises UsageError, showing the difference, if they differ otherwise, or if the
     directory holds something else.
     """
-    name = place.name or directory.resolve().name
+    name = place.name or _default_name(directory.resolve())
     files = place.checkpoints.resolve() / name if place.checkpoints else directory
     wanted = Experiment(
         directory,
@@ -285,6 +289,8 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
         raise UsageError(f"The spec in {path} is not one that this bpf accepts:\n{error}") from error
     stored = Database.at(content["storage"]) if content.get("storage") else _own_database(directory)
     database = place.storage or stored  # the one given may know the password
+    if place.usual and database.public != stored.public:
+        database = stored
     files = Path(content["files"]) if content.get("files") else directory
     moved = place.checkpoints.resolve() / content["name"] if place.checkpoints else files
     for what, asked, there in (
@@ -297,6 +303,12 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
     kept = bool(content.get("keep_checkpoints")) or place.keep_checkpoints
     data_dir, created = Path(content["data_dir"]), content["created"]
     return Experiment(directory, content["kind"], content["name"], grid, data_dir, created, database, files, kept)
+
+
+def _default_name(directory: Path) -> str:
+    """A later phase, inside an experiment's directory, is named after both, as it may share a database with others."""
+    inside = (directory.parent / "experiment.yaml").exists()
+    return f"{directory.parent.name}-{directory.name}" if inside else directory.name
 
 
 def grid_of(settings: Mapping[str, Any]) -> GridSpec:
@@ -328,13 +340,14 @@ def load_trackers(names: Sequence[str]) -> "dict[str, Tracker]":
 
 
 def find(root: Path) -> list[Path]:
-    """The experiments below `root`, the one touched last first."""
+    """The experiments below `root` and their later phases, the one touched last first."""
 
     def touched(directory: Path) -> float:
         files = (directory / name for name in ("experiment.yaml", "study.db", "study.db-wal"))
         return max(path.stat().st_mtime for path in files if path.exists())
 
-    return sorted((path.parent for path in root.glob("*/experiment.yaml")), key=touched, reverse=True)
+    found = [path.parent for pattern in ("*", "*/val_*") for path in root.glob(f"{pattern}/experiment.yaml")]
+    return sorted(found, key=touched, reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -363,9 +376,12 @@ def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
     differences = []
     merged: dict[str, Any] = {}
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for name, was in before.items():
-        now = after[name]
-        if name in TUNABLE and set(was) <= set(now):
+    for name in dict.fromkeys([*before, *after]):
+        was, now = before.get(name, []), after.get(name, [])
+        if name == "lr_from":
+            merged[name] = [*was, *(rate for rate in now if rate not in was)]
+            differences += _changed_rates(was, now)
+        elif name in TUNABLE and set(was) <= set(now):
             merged[name] = [*was, *(value for value in now if value not in was)]
         elif name == "options" and (grown := _grown_options(was, now)) is not None:
             merged[name] = grown
@@ -374,13 +390,31 @@ def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
         else:
             differences.append(f"  {name}: {_show(was)} there, {_show(now)} now")
     if differences:
+        lasting = any("lr_from" in line for line in differences)
         grow = "lists, epochs and executions may grow" if kind == "tune" else "epochs may grow"
         extend = f"{'A grid' if kind == 'tune' else 'A run'} can be extended ({grow}), not changed. "
         raise UsageError(
             f"{directory} holds an experiment with other settings:\n" + "\n".join(differences) + "\n"
             f"{extend}Give another directory, or the same settings."
+            + (f" `bpf resume {directory}` goes on with the learning rates there." if lasting else "")
         )
     return build(GridSpec, _explicit(merged))
+
+
+def _changed_rates(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """A line for each setup that has another learning rate now, or none, though at most ten."""
+
+    def by_setup(rates: list[dict[str, Any]]) -> dict[str, float]:
+        return {words(rate["algorithm"], rate["params"]): rate["lr"] for rate in rates}
+
+    after = by_setup(now)
+    changed = [
+        f"  lr_from: {setup}: {_show(lr)} there, {_show(after.get(setup, []))} now"
+        for setup, lr in by_setup(was).items()
+        if after.get(setup) != lr
+    ]
+    more = [f"  lr_from: ... and {len(changed) - LISTED} more setups"] if len(changed) > LISTED else []
+    return changed[:LISTED] + more
 
 
 def _grown_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any] | None:

@@ -32,9 +32,9 @@ def _explain(model: type[Settings], error: Any, naming: str) -> str:
         return str(error["ctx"]["error"])
     field = location[0]
     name = f"--{field.replace('_', '-')}" if naming == "option" else field
-    if error["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden" and len(location) == 1:
         return f"Unknown field {field!r}.{did_you_mean(field, model.model_fields)}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(location) == 1:
         return f"{name} is missing: {RunSpec.model_fields[field].description}"
     given = error["input"]
     if error["type"] == "literal_error":

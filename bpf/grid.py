@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from bpf.errors import UsageError, did_you_mean
 from bpf.fields import choices
 from bpf.plan import Axis, Cell, Value
-from bpf.spec import BOUNDED_ACTIVATIONS, TUNABLE, GridSpec, RunSpec, digest, work
+from bpf.spec import BOUNDED_ACTIVATIONS, REGULARISATION, TUNABLE, GridSpec, RunSpec, digest, work
 
 if TYPE_CHECKING:
     from bpf.algorithms import Algorithm
@@ -20,8 +20,12 @@ MAX_CELLS = 1_000_000
 SKEW = "skew"
 PER_RUN = frozenset({"lr", "bw_init", "dropout", "weight_decay", "seed"})
 """What the runs of a cohort may differ in."""
+NO_SETUP = frozenset({"lr", *REGULARISATION})
+"""What a learning rate that is handed over does not depend on; a cell's other parameters are its setup."""
 
 Rules = Mapping[str, "type[Algorithm]"]
+Refused = tuple[str, int, str]
+"""A parameter, how many of its values were refused, and why."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class LeftOut:
     rule: str
     cells: int
     reason: str
+
+
+class Holes(UsageError):
+    """Setups of a rule that no learning rate was handed over for, and that cannot be left out."""
+
+    def __init__(self, rule: str, missing: Sequence[Mapping[str, Value]]) -> None:
+        super().__init__(
+            f"A grid must be whole, and lr_from has no learning rate for {len(missing)} setups of {rule}, such as "
+            f"{words(rule, missing[0])}. Add them, or shorten lists."
+        )
 
 
 @dataclass
@@ -57,8 +71,10 @@ def expand(grid: GridSpec, rules: Rules) -> Grid:
     """Every cell of every rule in `grid.algorithm`.
 
     Raises UsageError for a rule that cannot do the problem, for a rule with no possible cell, for unknown rule
-    options, and for more than a million cells.
+    options, for more than a million cells, for learning rates that must be taken from an earlier phase first, and
+    (`Holes`) if they leave holes in the grid.
     """
+    _check_rates(grid)
     _check_option_names(grid.options, rules)
     plan = Grid()
     for name in grid.algorithm:
@@ -75,10 +91,32 @@ def expand(grid: GridSpec, rules: Rules) -> Grid:
 
 
 def resolve_options(grid: GridSpec, rules: Rules) -> GridSpec:
-    """The same grid with every option of its rules written out, defaults too, each as a list of validated values."""
+    """The same grid with every option of its rules written out, defaults too, each as a list of validated values.
+
+    Raises UsageError as `expand` does for options and missing learning rates.
+    """
+    _check_rates(grid)
     _check_option_names(grid.options, rules)
     values = {name: _option_values(rules[name], name, grid.options.get(name, {})) for name in grid.algorithm}
     return grid.model_copy(update={"options": {name: options for name, options in values.items() if options}})
+
+
+def setup(params: Mapping[str, Value]) -> dict[str, Value]:
+    """A cell's parameters without the learning rate and what regularises."""
+    return {name: value for name, value in params.items() if name not in NO_SETUP}
+
+
+def setups(grid: GridSpec, rules: Rules) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Each rule's setups that a learning rate is needed for, in plan order, whether there is one or not."""
+    for name in grid.algorithm:
+        values, _ = _values(grid, name, rules[name])
+        if "lr" in values:
+            yield from ((name, params) for params in _points({n: v for n, v in values.items() if n not in NO_SETUP}))
+
+
+def words(rule: str, params: Mapping[str, Value]) -> str:
+    """A setup in one line, such as `dfa arch=500 batch_norm=false`."""
+    return " ".join([rule, *(f"{name}={_word(value)}" for name, value in params.items())])
 
 
 def execution(run: RunSpec, number: int) -> RunSpec:
@@ -93,8 +131,22 @@ def as_grid(run: RunSpec) -> GridSpec:
 
 
 def _axes(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[list[Axis], list[LeftOut]]:
+    values, refused = _values(grid, name, rule)
+    if grid.lr_from and "lr" in values:
+        del values["lr"]
+        refused += _without_rate(grid, name, values)
+    sizes = {parameter: len(kept) for parameter, kept in values.items()}
+    left_out = []
+    for parameter, count, reason in refused:
+        left_out.append(LeftOut(name, count * math.prod(sizes.values()) // sizes[parameter], reason))
+        sizes[parameter] += count  # so that a cell that is refused twice is counted once
+    return [_axis(parameter, kept) for parameter, kept in values.items()], left_out
+
+
+def _values(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[dict[str, list[Value]], list[Refused]]:
+    """The values of each parameter of a rule, and how many of which were refused and why."""
     values: dict[str, list[Value]] = {}
-    refused: list[tuple[str, int, str]] = []
+    refused: list[Refused] = []
     for parameter in TUNABLE:
         if parameter in ("algorithm", "imbalance_factor", *rule.unused_parameters):
             continue
@@ -112,12 +164,47 @@ def _axes(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[list[Axis
             refused.append((parameter, len(dropped), f"{parameter} {words}: {_short_reason(name, parameter)}"))
     for option, candidates in _option_values(rule, name, grid.options.get(name, {})).items():
         values[f"{name}.{option}"] = candidates
-    sizes = {parameter: len(kept) for parameter, kept in values.items()}
-    left_out = []
-    for parameter, count, reason in refused:
-        left_out.append(LeftOut(name, count * math.prod(sizes.values()) // sizes[parameter], reason))
-        sizes[parameter] += count  # so that a cell that is refused twice is counted once
-    return [_axis(parameter, kept) for parameter, kept in values.items()], left_out
+    return values, refused
+
+
+def _without_rate(grid: GridSpec, name: str, values: dict[str, list[Value]]) -> Iterator[Refused]:
+    """Take the values out of `values` that no setup with a learning rate has.
+
+    Raises Holes if others without one are left: which of the setups that have one to give up is the user's choice.
+    """
+    rates = _rates(grid, name)
+    names = [parameter for parameter in values if parameter not in NO_SETUP]
+    asked = list(_points({parameter: values[parameter] for parameter in names}))
+    having = [params for params in asked if _mark(params) in rates]
+    if not having:
+        raise Holes(name, asked)
+    for parameter in names:
+        used = {params[parameter] for params in having}
+        dropped = [value for value in values[parameter] if value not in used]
+        if dropped:
+            values[parameter] = [value for value in values[parameter] if value in used]
+            listed = ", ".join(map(_word, dropped))
+            yield parameter, len(dropped), f"{parameter} {listed}: no learning rate was handed over"
+    left = _points({parameter: values[parameter] for parameter in names})
+    missing = [params for params in left if _mark(params) not in rates]
+    if missing:
+        raise Holes(name, missing)
+
+
+def _rates(grid: GridSpec, name: str) -> dict[frozenset[Any], float]:
+    return {_mark(rate.params): rate.lr for rate in grid.lr_from if rate.algorithm == name}
+
+
+def _mark(params: Mapping[str, Any]) -> frozenset[Any]:
+    return frozenset(params.items())
+
+
+def _points(values: Mapping[str, Sequence[Value]]) -> Iterator[dict[str, Value]]:
+    return (dict(zip(values, point, strict=True)) for point in itertools.product(*values.values()))
+
+
+def _word(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _axis(name: str, values: Sequence[Value]) -> Axis:
@@ -148,14 +235,16 @@ def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Ax
 
     The grid has validated these values, and checked the only one that must agree with other fields, dropout.
     """
-    shared = grid.model_dump(exclude={*TUNABLE, "executions_per_trial", "options"}) | {"algorithm": name}
+    shared = grid.model_dump(exclude={*TUNABLE, "executions_per_trial", "options", "lr_from"}) | {"algorithm": name}
+    rates = _rates(grid, name) if "lr" not in rule.unused_parameters else {}
     alike: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {}
-    for point in itertools.product(*(axis.values for axis in axes)):
-        params = dict(zip((axis.name for axis in axes), point, strict=True))
+    for params in _points({axis.name: axis.values for axis in axes}):
         own = {parameter: value for parameter, value in params.items() if parameter in PER_RUN}
+        if rates:
+            own["lr"] = rates[_mark(setup(params))]
         rest = repr([value for parameter, value in params.items() if parameter not in PER_RUN])
         if rest not in alike:
-            run = RunSpec.model_validate(shared | _fields(name, params))
+            run = RunSpec.model_validate(shared | run_fields(name, params))
             identity = run.identity(rule.unused_parameters)
             structure = digest({key: value for key, value in identity.items() if key not in PER_RUN})
             alike[rest] = identity, structure, run.model_dump(mode="json")
@@ -163,7 +252,8 @@ def _cells(grid: GridSpec, name: str, rule: "type[Algorithm]", axes: Sequence[Ax
         yield Cell(digest(identity | own), name, structure, params, spec | own, cost=work(spec))
 
 
-def _fields(name: str, params: Mapping[str, Value]) -> dict[str, Any]:
+def run_fields(name: str, params: Mapping[str, Value]) -> dict[str, Any]:
+    """A rule's parameters as the fields of a run spec."""
     fields: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for parameter, value in params.items():
@@ -177,6 +267,15 @@ def _fields(name: str, params: Mapping[str, Value]) -> dict[str, Any]:
         else:
             fields[parameter] = value
     return fields | ({"options": {name: options}} if options else {})
+
+
+def _check_rates(grid: GridSpec) -> None:
+    if grid.awaits_rates:
+        raise UsageError(
+            f"objective {grid.objective} without lr: val_* objectives tune regularisation and take the learning rate "
+            "of each setup from an earlier phase. First run the same command with --objective loss and without "
+            "--dropout, then this one with --lr-from DIR, where DIR is the directory of that experiment; or give --lr."
+        )
 
 
 def _check_problem(name: str, rule: "type[Algorithm]", problem_type: str) -> None:

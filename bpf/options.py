@@ -43,15 +43,16 @@ LISTS = ("trackers", "options")
 
 
 def with_spec_options(model: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of `model`; it receives what the user gave as `given`."""
+    """Give a command one option per field of `model` in `PANELS`; it receives what the user gave as `given`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def wrapper(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in model.model_fields}
+            given = {name: arguments.pop(name) for name in fields}
             command(given={name: value for name, value in given.items() if value not in (None, [])}, **arguments)
 
+        fields = [name for names in PANELS.values() for name in names if name in model.model_fields]
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-        made = [_parameter(model, name) for names in PANELS.values() for name in names if name in model.model_fields]
+        made = [_parameter(model, name) for name in fields]
         wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
         wrapper.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
         return wrapper

@@ -103,8 +103,7 @@ def enroll(connection: sa.Connection, experiment: str, owner: Owner) -> None:
     """Make the owner known, or renew its lease; one that was declared dead gets a new token."""
     if renew(connection, experiment, owner):
         return
-    mine = (owners.c.experiment == experiment, owners.c.token == owner.token)
-    if connection.scalar(sa.select(owners.c.token).where(*mine)):
+    if is_retired(connection, experiment, owner):
         owner.begin_anew()
     moment = now(connection)
     record = {
@@ -131,6 +130,12 @@ def retire(connection: sa.Connection, experiment: str, token: str) -> None:
     """Note that an owner is gone, so that it learns of it if it should still live."""
     mine = (owners.c.experiment == experiment, owners.c.token == token)
     connection.execute(sa.update(owners).where(*mine).values(lease=0.0))
+
+
+def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
+    """Whether the owner was declared dead; one that is not known yet was not."""
+    mine = (owners.c.experiment == experiment, owners.c.token == owner.token, owners.c.lease <= 0)
+    return connection.scalar(sa.select(owners.c.token).where(*mine)) is not None
 
 
 def living(connection: sa.Connection, experiment: str, locks: Path | None) -> list[dict[str, Any]]:

@@ -214,20 +214,23 @@ def owners_at_work(connection: sa.Connection, experiment: str) -> list[str]:
 def interrupt(connection: sa.Connection, experiment: str, token: str, blame: bool = True) -> list[Row]:
     """Take its cells from an owner that has died; returns them as they stand now.
 
-    Whose worker died once goes on from its checkpoint. At the second death without getting further the cells are
-    trained alone, one run at a time, as one of them may need too much memory or crash the process. At the third
-    a cell is set aside. Without `blame` the death does not count.
+    They go on from their checkpoint, in the same cohort, as numbers are the same bit for bit only there. At the
+    third death without getting further the cells of a cohort are trained apart, one run at a time, as one of them may
+    crash the process; that one is set aside at its next death, and a cell that was alone all the time at the third.
+    A cell alone that has never got anywhere is trained one run at a time after its second death: it may need too much
+    memory. Without `blame` the death does not count.
     """
     left = rows(connection, experiment, owner=token, state="running")
+    alone = len(left) == 1
     for row in left:
         kills = row.kills + blame
         change: dict[str, Any] = {"owner": None, "kills": kills, "cause": "killed", "state": "interrupted"}
         if not blame:
             change["cause"] = row.cause
-        elif kills >= KILLS and len(left) == 1:
+        elif kills >= KILLS and alone:
             error = f"It killed its worker {kills} times: a crash of the whole process, or too little memory."
             change |= {"state": "failed", "error": error}
-        elif kills >= KILLS - 1 and (len(left) > 1 or not row.reached):
+        elif kills >= KILLS or (kills == KILLS - 1 and alone and not row.reached):
             change |= {"state": "pending", "cohort": None, "max_runs": 1}
         update(connection, experiment, {"key": row.key}, **change)
     return [row for old in left for row in rows(connection, experiment, key=old.key)]
@@ -275,6 +278,13 @@ def best(connection: sa.Connection, experiment: str, rule: str) -> tuple[str, fl
     query = sa.select(cells.c.key, cells.c.value).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(1)
     found = connection.execute(query).first()
     return None if found is None else (found.key, found.value)
+
+
+def leaders(connection: sa.Connection, experiment: str, rule: str, limit: int) -> list[Row]:
+    """The best complete cells of a rule, best first."""
+    mine = (cells.c.experiment == experiment, cells.c.rule == rule, cells.c.state == "complete")
+    query = sa.select(*_ROW_COLUMNS).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(limit)
+    return list(_rows(connection, query))
 
 
 def finished(connection: sa.Connection, experiment: str, keys: Sequence[str]) -> set[str]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpf.plan import Row
+from bpf.errors import UsageError, did_you_mean
+from bpf.plan import Row, Value
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Ranked:
         return {
             "cell": self.row.name,
             "algorithm": self.row.rule,
-            "params": self.row.params,
+            "params": parameters(self.row),
             "objective": {
                 "name": objective,
                 "mean": self.objective.mean,
@@ -49,6 +50,11 @@ class Ranked:
             "best_epochs": self.best_epochs,
             "test": test,
         }
+
+
+def parameters(row: Row) -> dict[str, Value]:
+    """A cell's tunable parameters, also a learning rate that is no parameter of the grid as it was handed over."""
+    return {**row.params, "lr": row.params.get("lr", row.spec["lr"])}
 
 
 def rank(rows: Sequence[Row]) -> list[Ranked]:
@@ -65,13 +71,34 @@ def winners(ranked: Sequence[Ranked]) -> list[Ranked]:
     return list(first.values())
 
 
-def varying(rows: Sequence[Row]) -> list[str]:
-    """The parameters in which cells differ; what never changes says nothing in a table."""
-    values: dict[str, set[Any]] = {}
-    for row in rows:
-        for name, value in row.params.items():
-            values.setdefault(name, set()).add(value)
-    return [name for name, seen in values.items() if len(seen) > 1]
+def best_per(rows: Sequence[Row], names: Sequence[str]) -> list[Ranked]:
+    """The best complete cell of each rule and each combination of the parameters `names`, best first.
+
+    A rule that has no such parameter counts as one without a value of it; combinations without a complete cell are
+    not there. Raises UsageError for a name that is no parameter of any rule.
+    """
+    known = {"algorithm": None} | {name: None for row in rows for name in parameters(row)}
+    for name in names:
+        if rows and name not in known:
+            raise UsageError(f"{name!r} is no parameter of this grid.{did_you_mean(name, known)}")
+    first: dict[tuple[Any, ...], Ranked] = {}
+    for entry in rank(rows):
+        params = parameters(entry.row)
+        first.setdefault((entry.row.rule, *map(params.get, names)), entry)
+    return list(first.values())
+
+
+def best_columns(ranked: Sequence[Ranked], names: Sequence[str]) -> list[dict[str, Any]]:
+    """What `best_per` found for `names` as flat records of the same columns, these parameters first."""
+    params = [parameters(entry.row) for entry in ranked]
+    columns = dict.fromkeys([name for name in names if name != "algorithm"])
+    columns |= dict.fromkeys(name for one in params for name in one)
+    return [
+        {"rank": place, "algorithm": entry.row.rule, **columns, **one}
+        | {"cell": entry.row.name, "key": entry.row.key}
+        | result_columns(entry.row)
+        for place, (entry, one) in enumerate(zip(ranked, params, strict=True), 1)
+    ]
 
 
 def _ranked(row: Row) -> Ranked:
@@ -109,3 +136,11 @@ def history_columns(execution: int, record: dict[str, Any]) -> Iterator[dict[str
     known = {"execution": execution, "seed": record["seed"], "status": record["status"]}
     for epoch in range(record["epochs"]):
         yield {**known, "epoch": epoch + 1, **{name: values[epoch] for name, values in record["history"].items()}}
+
+
+def tracker_columns(execution: int, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One flat record per measurement of the trackers."""
+    known = {"execution": execution, "seed": record["seed"], "status": record["status"]}
+    tracked = record.get("tracked", {})
+    for at in range(len(tracked.get("step", ()))):
+        yield known | {name: values[at] for name, values in tracked.items()}

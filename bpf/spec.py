@@ -18,6 +18,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -280,6 +282,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Rate(Frozen):
+    """The learning rate that an earlier phase found best for one setup of a rule.
+
+    `params` are the setup: the rule's parameters as its cells have them, without `lr` and without what a `val_*`
+    objective tunes (`REGULARISATION`).
+    """
+
+    algorithm: str
+    params: Mapping[str, bool | int | float | str | None]
+    lr: LearningRate
+
+
+REGULARISATION = ("dropout", "weight_decay")
+"""What the objectives on held-out examples tune, with the learning rate of an earlier phase."""
+
+
+def _rates(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("it holds learning rates; the experiment to take them from is given with --lr-from")
+    return value
+
+
 def _many(item: Any) -> Any:
     return Annotated[tuple[item, ...], BeforeValidator(_one_or_many), AfterValidator(_distinct), Field(min_length=1)]
 
@@ -312,6 +336,11 @@ class GridSpec(Settings):
     executions_per_trial: int = Field(
         3, ge=1, le=1000, description="Differently seeded runs of each cell (seed, seed + 1, ...)."
     )
+    lr_from: Annotated[tuple[Rate, ...], BeforeValidator(_rates)] = Field(
+        (),
+        description="Instead of lr, for val_* objectives: the learning rate of each setup, as `bpf tune --lr-from` "
+        "takes them from an earlier phase and writes them down.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -329,13 +358,34 @@ class GridSpec(Settings):
                 f"seed {self.seed} with executions_per_trial {self.executions_per_trial}: executions have the seeds "
                 f"from seed on, which must stay below {MAX_SEED}. Use a smaller seed."
             )
-        if self.objective.startswith("val_") and "lr" not in self.model_fields_set:
-            raise ValueError(
-                f"objective {self.objective} without lr: val_* objectives tune regularisation and take the learning "
-                "rate from an earlier phase. First run the same grid with objective loss, read the best learning "
-                "rate with `bpf best`, and give it with --lr."
-            )
+        self._check_rates()
         return self
+
+    def _check_rates(self) -> None:
+        if not self.lr_from:
+            return
+        if not self.objective.startswith("val_"):
+            raise ValueError(
+                f"lr_from with objective {self.objective}: this objective tunes the learning rate itself. "
+                "Use objective val_loss or val_error, or leave lr_from out."
+            )
+        if "lr" in self.model_fields_set:
+            raise ValueError("lr with lr_from: each setup has the learning rate of the earlier phase. Leave one out.")
+        setups = {(rate.algorithm, frozenset(rate.params.items())) for rate in self.lr_from}
+        if len(setups) < len(self.lr_from):
+            raise ValueError("lr_from: a setup has more than one learning rate.")
+
+    @property
+    def awaits_rates(self) -> bool:
+        """Whether learning rates must be taken from an earlier phase before there can be a plan."""
+        return self.objective.startswith("val_") and not self.lr_from and "lr" not in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _one_source_of_rates(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Either `lr` or `lr_from`, so that what is written down says what holds."""
+        fields: dict[str, Any] = dump(self)
+        fields.pop("lr" if self.lr_from else "lr_from", None)
+        return fields
 
 
 TUNABLE = tuple(

@@ -19,6 +19,13 @@ class Interrupted(BpfError):
     exit_code = 130
 
 
+class CutShort(Interrupted):
+    """Asked to stop while something could not be stored; what is not will be trained again."""
+
+    def __init__(self) -> None:
+        super().__init__("Stopped. What could not be stored is trained again from the last checkpoint.")
+
+
 @dataclass
 class Stop:
     """Whether to stop after the current epoch: `request` was called, time is up, or `also` says so."""
@@ -39,7 +46,7 @@ class Stop:
 
     def interruption(self) -> Interrupted:
         """What to raise when the request has been met."""
-        return Interrupted(f"Stopped ({self.reason})" if self.reason else "Stopped")
+        return Interrupted(f"Stopped{f' ({self.reason})' if self.reason else ''}, and everything is stored.")
 
     def request(self, reason: str = "") -> None:
         self._asked, self.reason = True, self.reason or reason

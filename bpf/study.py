@@ -300,10 +300,11 @@ class Study:
 
         def renew() -> None:
             while not stop.wait(owners.RENEW_SECONDS):
-                lost = owner.lost  # of the token that is renewed: the owner may get another one meanwhile
+                lost = owner.lost  # of this token: the owner may get another one meanwhile
                 try:
                     with self._engine.begin() as connection:
-                        if not owners.renew(connection, self.experiment, owner):
+                        owners.renew(connection, self.experiment, owner)
+                        if owners.is_retired(connection, self.experiment, owner):
                             lost.set()
                 except (sa.exc.DBAPIError, LostConnection):  # it comes back, or the lease runs out
                     self._failed_at = time.monotonic()
@@ -353,6 +354,12 @@ class Study:
             return plan.best(connection, self.experiment, rule)
 
     @_patient
+    def leaders(self, rule: str, limit: int) -> list[Row]:
+        """The best complete cells of a rule, best first. It reads only these."""
+        with self._reading() as connection:
+            return plan.leaders(connection, self.experiment, rule, limit)
+
+    @_patient
     def finished(self, keys: Iterable[str]) -> set[str]:
         """Which of the cells will not be trained any more."""
         with self._reading() as connection:
@@ -369,6 +376,12 @@ class Study:
         """Who works on the experiment now: `token`, `pid`, `machine`, `facts`, `began`."""
         with self._reading() as connection:
             return owners.living(connection, self.experiment, self.locks if self.database.path else None)
+
+    @_patient
+    def rules(self) -> list[str]:
+        """The learning rules that are planned."""
+        with self._reading() as connection:
+            return list(self._stored(connection))
 
     @_patient
     def axes(self, rule: str) -> list[Axis]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bpf.errors import BpfError, RunError
 from bpf.events import Began, Ended, Event, Left, Observe, Saved, Trouble
-from bpf.stopping import Stop
+from bpf.stopping import CutShort, Stop
 from bpf.study import Study
 from bpf.worker import Job, work
 
@@ -29,6 +29,10 @@ GRACE_SECONDS = 5.0
 
 _METHOD: Any = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _context: Any = multiprocessing.get_context(_METHOD)
+
+
+class Crashed(RunError):
+    """Workers crash again and again."""
 
 
 @dataclass
@@ -54,11 +58,12 @@ class Supervisor:
     stop: Stop
     _seats: list[Seat] = field(default_factory=list)
     _crashes: int = 0
+    _cut_short: bool = False
 
     def run(self) -> None:
         """Return when every cell is finished, also those that workers elsewhere train.
 
-        Raises Interrupted after a request to stop, RunError after `MAX_CRASHES` crashes in a row, and whatever error
+        Raises Interrupted after a request to stop, Crashed after `MAX_CRASHES` crashes in a row, and whatever error
         a worker ended with. The workers have ended in any case.
         """
         self._seats = [Seat(number, job) for number, job in enumerate(self.jobs, 1)]
@@ -71,7 +76,7 @@ class Supervisor:
                 counts = self.study.counts()
                 claimable = counts["pending"] + counts["interrupted"]
                 if self.stop.asked and (claimable or counts["running"]):
-                    raise self.stop.interruption()
+                    raise CutShort if self._cut_short else self.stop.interruption()
                 if not claimable and not counts["running"]:
                     return
                 if claimable:  # given back by a worker elsewhere, or left by one that died
@@ -139,6 +144,7 @@ class Supervisor:
         left = seat.left or Left("crashed", _how(seat.process.exitcode))
         seat.process = seat.connection = None
         self.observe(seat.number, left)
+        self._cut_short |= left.how == "cut short"
         if left.how == "failed":
             error = BpfError(left.text)
             error.exit_code = left.exit_code
@@ -150,7 +156,7 @@ class Supervisor:
         self._crashes += 1
         reason = left.text.strip().splitlines()[-1] if left.text.strip() else "for no known reason"
         if self._crashes >= MAX_CRASHES:
-            raise RunError(
+            raise Crashed(
                 f"{self._crashes} workers in a row have crashed, the last one {reason}, while {seat.doing}. "
                 "Nothing finished is lost."
             )

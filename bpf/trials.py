@@ -33,7 +33,7 @@ from bpf.database import Database
 from bpf.errors import RunError, UsageError
 from bpf.plan import Axis, Point, Row, Value
 
-__all__ = ["OptunaError", "Trials", "check_optuna", "search_space"]
+__all__ = ["OptunaError", "Trials", "check_optuna", "search_space", "viewed"]
 
 # GridSampler takes each of them as visited. Only a complete trial can be the best one.
 _ENDS = {"complete": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -54,8 +54,8 @@ _RUNNING: Any = sa.literal_column("'RUNNING'")
 class _Storage(RDBStorage):
     """Optuna's storage, which makes a running trial from a template in five statements, however many there are.
 
-    Its own way makes the same rows (`tests/test_study.py`), but it counts all earlier trials to number a new one, and
-    looks for an earlier value of each parameter. An Optuna that has no such method goes that way.
+    Its own way makes the same rows (`tests/test_study.py` compares them), but it counts all earlier trials to number a
+    new one, and looks for an earlier value of each parameter. An Optuna that has no such method goes that way.
     """
 
     def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Session) -> Any:
@@ -189,6 +189,13 @@ class Trials:
             user_attrs={"name": row.name, "cell": row.key, "attempt": row.attempt},
             system_attrs={"search_space": space, "grid_id": self._grids[row.rule][1][point]},
         )
+
+
+def viewed(database: Database) -> RDBStorage:
+    """Optuna's own storage in a database, for programs that show it; nothing of it need be writable."""
+    return RDBStorage(
+        database.engine_url, engine_kwargs=database.engine_options(reading=True), skip_table_creation=True
+    )
 
 
 def search_space(axes: Iterable[Axis]) -> dict[str, list[Value]]:

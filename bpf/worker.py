@@ -32,7 +32,7 @@ from bpf.hardware import choose_device, cohort_cells, settle
 from bpf.owner import Owner
 from bpf.plan import Claim, Row
 from bpf.spec import RunSpec
-from bpf.stopping import SIGNALS, Interrupted, Stop
+from bpf.stopping import SIGNALS, CutShort, Interrupted, Stop
 from bpf.study import PATIENCE_SECONDS, Fenced, Study
 from bpf.training import Cohort
 
@@ -90,8 +90,8 @@ def work(job: Job, connection: Connection) -> None:
         with closing(Study.open(job.storage, job.experiment)) as study:
             Worker(job, study, tell, stop).run()
         tell(Left("done"))
-    except Interrupted:
-        tell(Left("stopped"))
+    except Interrupted as stopped:
+        tell(Left("cut short" if isinstance(stopped, CutShort) else "stopped"))
     except BpfError as error:
         tell(Left("failed", str(error), error.exit_code))
     except Exception:
@@ -190,7 +190,7 @@ class Worker:
             began = time.perf_counter()
             training.run_epoch()
             speed = training.examples * training.stacked / (time.perf_counter() - began)
-            self.tell(Trained(training.epoch, speed))
+            self.tell(Trained(training.epoch, speed, training.objective))
             if self._owner.lost.is_set():
                 raise Fenced("The lease has run out.")
             if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
@@ -210,6 +210,8 @@ class Worker:
 
     def _save(self, training: ClaimTraining) -> None:
         self._write(training.save)
+        if any(row.kills for row in training.claim.rows):  # it got further, so what killed its workers is forgiven
+            self.study.progressed(training.claim, training.epoch)
         self.tell(Saved())
 
     def _finish(self, training: ClaimTraining) -> None:
@@ -299,7 +301,7 @@ class Worker:
         """Let a person know, and go on waiting unless asked to stop."""
         self.tell(Trouble(reason))
         if self.stop.asked:
-            raise self.stop.interruption()
+            raise CutShort
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write a file; with the disk full, wait for space."""

@@ -44,7 +44,7 @@ TRAINING = {
         "bpf.plan:keep_history": 3.0,
         "bpf.study:Study.claim": 1.0,
         "bpf.study:Study.finish": 3.0,
-        "bpf.study:Study.progressed": 0.3,
+        "bpf.study:Study.progressed": 2.0,
         "bpf.training:Cohort.run_epoch": 24.0,
         "bpf.trials:Trials.begin": 3.0,  # in the transaction of `Study.claim`
         "bpf.trials:Trials.end": 3.0,  # in that of `Study.finish`

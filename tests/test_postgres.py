@@ -1,18 +1,22 @@
 """A study on a PostgreSQL server: what SQLite does, and what only many machines and a network can do wrong."""
 
 import itertools
+import json
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import pytest
@@ -22,10 +26,15 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from bpf import database, schema
+from bpf import api, cli, schema
 from bpf import owner as owners
+from bpf.database import Database
 from bpf.errors import RunError, UsageError
+from bpf.events import Ended, Event, Trained, Trouble
+from bpf.experiment import Experiment, Place
+from bpf.spec import GridSpec
 from bpf.study import Axis, Cell, Claim, Fenced, Owner, Study
+from bpf.worker import Job, Worker
 from servers import PostgresServer
 
 ROOT = Path(__file__).parents[1]
@@ -354,7 +363,7 @@ def test_four_processes_create_at_once(url: str, child: Any) -> None:
     for started in children:
         started.tell()
     told = [started.end() for started in children]
-    exists = f"The experiment 'a' exists already in {database.Database.at(url)}."
+    exists = f"The experiment 'a' exists already in {Database.at(url)}."
     assert sorted(told[:2]) == sorted([["made 1"], [exists]])
     assert told[2:] == [["made 1"]] * 2
     assert Study.exists(url, "a")
@@ -445,7 +454,7 @@ def test_eight_processes_and_two_restarts_run_each_cell_once(postgres_own_server
         assert GridSampler(study.search_space("dfa")).is_exhausted(read)
 
 
-class Trouble:
+class Failures:
     """Lets one call of a function fail as a lost connection does; `told` is what a study said while it waited."""
 
     def __init__(self, study: Study) -> None:
@@ -470,19 +479,19 @@ class Trouble:
 
 
 @pytest.fixture
-def trouble(study: Study) -> Trouble:
-    return Trouble(study)
+def failures(study: Study) -> Failures:
+    return Failures(study)
 
 
 LOST = ["The study database failed: the connection is lost."]
 
 
 def test_a_claim_whose_answer_was_lost_is_not_claimed_twice(
-    url: str, study: Study, owner: Owner, trouble: Trouble
+    url: str, study: Study, owner: Owner, failures: Failures
 ) -> None:
-    trouble.lose_the_answer()
+    failures.lose_the_answer()
     claim = claimed(study, owner, size=2)
-    assert trouble.told == LOST
+    assert failures.told == LOST
     assert [row.key for row in claim.rows] == [row.key for row in study.rows()[:2]]
     assert [row.attempt for row in claim.rows] == [1, 1]
     assert (study.counts()["running"], len(optuna_study(url).trials)) == (2, 2)
@@ -492,17 +501,17 @@ def test_a_claim_whose_answer_was_lost_is_not_claimed_twice(
 
 
 def test_an_outcome_whose_answer_was_lost_is_stored_once(
-    url: str, study: Study, owner: Owner, trouble: Trouble
+    url: str, study: Study, owner: Owner, failures: Failures
 ) -> None:
     claim = claimed(study, owner, size=3)
     keys = [row.key for row in claim.rows]
-    trouble.lose_the_answer()
+    failures.lose_the_answer()
     study.finish(claim, keys[0], 1.0, "complete", {"by": "me"}, [{"loss": [1.0]}])
-    trouble.lose_the_answer()
+    failures.lose_the_answer()
     study.finish(claim, keys[1], None, "diverged", {})
-    trouble.lose_the_answer()
+    failures.lose_the_answer()
     study.fail(claim, keys[2], "Traceback")
-    assert trouble.told == LOST * 3
+    assert failures.told == LOST * 3
     assert [row.state for row in study.rows()[:3]] == ["complete", "diverged", "failed"]
     assert study.history(keys[0]) == [{"loss": [1.0]}]
     assert [(trial.state, trial.value) for trial in optuna_study(url).trials] == [
@@ -512,7 +521,7 @@ def test_an_outcome_whose_answer_was_lost_is_stored_once(
         study.finish(claim, keys[0], 2.0, "complete", {})
 
 
-def test_the_other_steps_may_be_done_again(study: Study, owner: Owner, trouble: Trouble) -> None:
+def test_the_other_steps_may_be_done_again(study: Study, owner: Owner, failures: Failures) -> None:
     claim = claimed(study, owner, size=3)
     for step in (
         lambda: study.progressed(claim, 2),
@@ -522,15 +531,15 @@ def test_the_other_steps_may_be_done_again(study: Study, owner: Owner, trouble: 
         study.repair,
         lambda: study.retire(owner),
     ):
-        trouble.lose_the_answer()
+        failures.lose_the_answer()
         step()
-    assert trouble.told == LOST * 6
+    assert failures.told == LOST * 6
     assert [(row.state, row.reached) for row in study.rows()] == [("interrupted", 2)] * 3 + [("pending", 0)] * 6
 
 
 @pytest.mark.parametrize("step", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
 def test_a_connection_lost_inside_a_transaction(
-    url: str, study: Study, owner: Owner, trouble: Trouble, step: str, monkeypatch: pytest.MonkeyPatch
+    url: str, study: Study, owner: Owner, failures: Failures, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = getattr(RDBStorage, step)
 
@@ -543,7 +552,7 @@ def test_a_connection_lost_inside_a_transaction(
     began = time.monotonic()
     assert finish_all(study, owner) == 6
     assert time.monotonic() - began < 5
-    assert len(trouble.told) == 1
+    assert len(failures.told) == 1
     assert [(row.state, row.attempt) for row in study.rows()] == [("complete", 1)] * 6
     assert [(trial.number, trial.state) for trial in optuna_study(url).trials] == [
         (number, TrialState.COMPLETE) for number in range(6)
@@ -675,6 +684,21 @@ def far(study: Study, url: str) -> Iterator[Claim]:
         yield claim
 
 
+def test_an_owner_that_is_not_known_yet_is_not_lost(
+    study: Study, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed: list[bool] = []
+    renew = owners.renew
+    monkeypatch.setattr(owners, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(owners, "renew", lambda *arguments: renewed.append(renew(*arguments)) or renewed[-1])
+    with study.renewing(owner):
+        eventually(lambda: len(renewed) > 1)
+        claimed(study, owner)
+        eventually(lambda: renewed[-1])
+    assert renewed[0] is False
+    assert not owner.lost.is_set()
+
+
 def test_leases_are_not_trusted_after_an_outage(
     url: str, study: Study, owner: Owner, far: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -733,3 +757,289 @@ def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_o
         study.rows()[1].key,
     ]
     assert [trial.number for trial in optuna_study(url).trials] == [0, 1]
+
+
+# Training
+
+GRID = [
+    *("--dataset", "digits", "--algorithm", "dfa,bp", "--arch", "8,6", "--activation", "tanh", "--no-batch-norm"),
+    *("--bw-init", "ortho", "--lr", "0.001,0.01", "--epochs", "3", "--examples-frac", "0.2"),
+    *("--executions-per-trial", "2", "--checkpoint-every", "0"),
+]
+BPF = [sys.executable, "-c", "import sys; from bpf.cli import main; main(sys.argv[1:])"]
+
+
+def opened(directory: Path, where: str | Path, **spec: Any) -> Experiment:
+    grid = {"dataset": "digits", "algorithm": ["dfa", "bp"], "arch": ["8", "6"], "activation": ["tanh"]}
+    grid |= {"batch_norm": [False], "bw_init": ["ortho"], "lr": [0.001, 0.01], "epochs": 3, "examples_frac": 0.2}
+    grid |= {"executions_per_trial": 2, **spec}
+    place = Place(Database.at(where), "mine")
+    return api.open_tune(directory, GridSpec.model_validate(grid), directory.parent / "data", place)
+
+
+def stored_plan(experiment: Experiment) -> Study:
+    api.store_plan(experiment, ["bpf"])
+    return Study.open(experiment.database, experiment.name)
+
+
+def worker_of(experiment: Experiment, study: Study, tell: Callable[[Event], object]) -> Worker:
+    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
+    return Worker(job, study, tell)  # type: ignore[arg-type]
+
+
+def outcomes(study: Study) -> dict[str, Any]:
+    """Every cell's state, value, executions and histories by its key, without times."""
+    found = {}
+    for row in study.rows():
+        executions = [{k: v for k, v in e.items() if k != "seconds"} for e in (row.result or {})["executions"]]
+        histories = [{k: v for k, v in e.items() if k != "seconds"} for e in study.history(row.key)]
+        found[row.key] = (row.state, row.value, executions, histories)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_sqlite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes out of the same grid in a file."""
+    directory = tmp_path_factory.mktemp("sqlite")
+    experiment = opened(directory / "grid", directory / "study.db")
+    with stored_plan(experiment) as study:
+        worker_of(experiment, study, lambda event: None).run()
+        return outcomes(study)
+
+
+SECRET = "zQ7xPwd9"  # the part of each password that looks the same in whatever way it is written
+
+
+@pytest.fixture
+def account(url: str) -> Iterator[tuple[str, str]]:
+    """The name and the password of a user, which a URL cannot hold as it is."""
+    user, password = f"user {secrets.token_hex(4)}", f"{SECRET}/@:?#%&= ü"
+    query(url, f"CREATE ROLE \"{user}\" SUPERUSER LOGIN PASSWORD '{password}'")
+    yield user, password
+    query(url, f'REASSIGN OWNED BY "{user}" TO bpf; DROP OWNED BY "{user}"; DROP ROLE "{user}"')
+
+
+def urls_of(url: str, account: tuple[str, str]) -> dict[str, str]:
+    """The ways to write who connects."""
+    user, password = (quote(part, safe="") for part in account)
+    address = url.partition("@")[2]
+    return {
+        "before the host": f"postgresql://{user}:{password}@{address}",
+        "in the query": f"postgresql://{user}@{address}?password={password}",
+        "nowhere": f"postgresql://{user}@{address}",
+    }
+
+
+def environment(**changed: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BPF_", "PG"))}
+    return {**kept, "PYTHONPATH": str(ROOT), **changed}
+
+
+def bpf(work: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [*BPF, *arguments]
+    return subprocess.run(
+        command, cwd=work, env=environment(**variables), capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def dump(url: str) -> str:
+    """Everything that is in the tables of a database."""
+    tables = query(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    return "\n".join(str(query(url, f'SELECT t::text FROM "{name}" t')) for (name,) in tables)
+
+
+def assert_no_secret(work: Path, *texts: str) -> None:
+    for text in texts:
+        assert SECRET not in text
+    for path in work.rglob("*"):
+        assert SECRET not in path.name
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
+    url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
+) -> None:
+    """With two processes, and with a password that is afterwards found nowhere."""
+    written = urls_of(url, account)
+    storage = ("--storage", written["before the host"])
+    done = bpf(tmp_path, "tune", "grid", *GRID, *storage, "--workers", "2", BPF_DEBUG="1")
+    assert done.returncode == 0, done.stderr
+    assert "8 cells complete." in done.stdout
+    with Study.open(url, "grid") as study:
+        assert outcomes(study) == in_sqlite
+        assert {row.attempt for row in study.rows()} == {1}
+        assert len({row.owner for row in study.rows()}) == 2
+        assert study.workers() == []
+        for rule in ("dfa", "bp"):
+            read = optuna_study(url, f"grid/{rule}")
+            assert GridSampler(study.search_space(rule)).is_exhausted(read)
+            assert read.best_value == min(row.value for row in study.rows(rule=rule) if row.value is not None)
+    assert not (tmp_path / "grid" / "study.db").exists()
+    content = (tmp_path / "grid" / "experiment.yaml").read_text()
+    assert f"storage: {Database.at(written['nowhere'])}\n" in content
+    assert dump(url).count("grid") > 10
+    assert_no_secret(tmp_path, done.stdout, done.stderr, dump(url))
+
+    # It is found again, by a password from wherever, and with none it is asked for.
+    status = bpf(tmp_path, "status", "grid", "--json", PGPASSWORD=account[1])
+    assert (status.returncode, json.loads(status.stdout)["cells"]["complete"]) == (0, 8)
+    without = bpf(tmp_path, "status", "grid")
+    assert (without.returncode, without.stdout) == (2, "")
+    assert without.stderr == (
+        f"Error: The study database {Database.at(written['nowhere'])} cannot be used: connection failed: "
+        f'connection to server at "127.0.0.1", port {sa.make_url(url).port} failed: fe_sendauth: no password '
+        "supplied. Check the user and the password; PGPASSWORD or ~/.pgpass keep it out of command lines.\n"
+    )
+
+
+def test_a_worker_joins_with_what_the_environment_says(
+    url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
+) -> None:
+    with stored_plan(opened(tmp_path / "grid", url)) as study:
+        arguments = ("worker", "--experiment", "mine", "--checkpoints", "kept", "--checkpoint-every", "0")
+        variables = {"BPF_STORAGE": urls_of(url, account)["nowhere"], "PGPASSWORD": account[1], "BPF_DEBUG": "1"}
+        done = bpf(tmp_path, *arguments, **variables)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr.endswith("Nothing is left to claim in mine.\n")
+        assert outcomes(study) == in_sqlite
+    assert sorted(path.name for path in (tmp_path / "kept" / "mine").iterdir()) == ["checkpoints", "models"]
+    assert not (tmp_path / "grid" / "models").exists()
+    assert_no_secret(tmp_path, done.stdout, done.stderr, dump(url))
+
+
+def test_a_worker_that_is_fenced_while_it_trains_goes_on_with_the_next_claim(
+    url: str, in_sqlite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owners, "RENEW_SECONDS", 0.02)
+    experiment = opened(tmp_path / "grid", url)
+    events: list[Event] = []
+    taken: list[str] = []
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Trained) and not taken:
+            lost = worker._owner.lost
+            with Study.open(url) as other, Owner(other.locks) as second, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owners, "dead", lambda *arguments: {worker._owner.token})
+                claim = claimed(other, second)
+                for row in claim.rows:
+                    other.finish(claim, row.key, 0.125, "complete", {"executions": []}, [])
+                    taken.append(row.key)
+            assert lost.wait(SECONDS)
+
+    with stored_plan(experiment) as study:
+        worker = worker_of(experiment, study, tell)
+        worker.run()
+        found = outcomes(study)
+    kinds = [type(event).__name__ for event in events]
+    assert kinds.count("GivenUp") == 1
+    assert kinds[:4] == ["Began", "Trained", "Trouble", "GivenUp"]
+    assert events[2] == Trouble("Another worker has taken over a cohort here; it is left to that one.")
+    assert {event.key for event in events if isinstance(event, Ended)} == set(found) - set(taken)
+    assert taken
+    assert {key: outcome for key, outcome in found.items() if key not in taken} == {
+        key: outcome for key, outcome in in_sqlite.items() if key not in taken
+    }
+    assert {found[key] for key in taken if found.update({key: found[key][:2]}) is None} == {("complete", 0.125)}
+
+
+# What a person is told
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """What a command says that is refused; without the password, with the traceback as well."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("BPF_", "PG")):
+            monkeypatch.delenv(name)
+
+    def run(*arguments: str, **variables: str) -> str:
+        for debug in ("1", ""):
+            monkeypatch.setenv("BPF_DEBUG", debug)
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                cli.main(list(arguments))
+            printed = capsys.readouterr()
+            assert (ended.value.code, printed.out) == (2, "")
+            assert ("Traceback" in printed.err) == bool(debug)
+            assert_no_secret(tmp_path, printed.err)
+        return printed.err
+
+    return run
+
+
+FORMS = ["before the host", "in the query"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_wrong_with_a_server_is_told_without_the_password(
+    url: str, account: tuple[str, str], told: Callable[..., str], form: str, tmp_path: Path
+) -> None:
+    right = sa.make_url(urls_of(url, account)[form])
+    wrong = {**right.query, "password": SECRET} if form == "in the query" else right.query
+    user = account[0]
+    for changed, reason in (
+        (
+            right.set(port=1),
+            "Connection refused. Check that the server runs and can be reached from here.",
+        ),
+        (
+            right.set(password=None if form == "in the query" else SECRET, query=wrong),
+            f'FATAL:  password authentication failed for user "{user}". Check the user and the password; '
+            "PGPASSWORD or ~/.pgpass keep it out of command lines.",
+        ),
+        (
+            right.set(database="nowhere"),
+            'FATAL:  database "nowhere" does not exist. Create it on the server, or check the URL.',
+        ),
+    ):
+        public = f"postgresql://{user}@127.0.0.1:{changed.port}/{changed.database}"
+        message = (
+            f"Error: The study database {public} cannot be used: connection failed: connection to server at "
+            f'"127.0.0.1", port {changed.port} failed: {reason}\n'
+        )
+        written = changed.render_as_string(hide_password=False)
+        assert told("worker", "--storage", written, "--experiment", "mine") == message
+        directory = f"grid-{changed.port}-{changed.database}"
+        assert told("tune", directory, *GRID, "--quiet", "--storage", written) == message
+        assert not list(tmp_path.glob("*/study.db"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_experiment_that_is_not_there_is_told(
+    url: str, account: tuple[str, str], told: Callable[..., str], form: str
+) -> None:
+    written = urls_of(url, account)
+    public = Database.at(written["nowhere"])
+    command = ("worker", "--storage", written[form], "--experiment", "mime")
+    assert told(*command) == f"Error: {public} is a database, but no bpf study.\n"
+    planned(url, [RATE]).close()
+    assert told(*command) == f"Error: {public} has no experiment 'mime'. Did you mean 'mine'?\n"
+
+
+def test_psycopg_is_asked_for(url: str, told: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    message = "Error: PostgreSQL needs psycopg: pip install 'bpf[postgres]'\n"
+    assert told("worker", "--storage", "postgresql://me@host/db") == message
+    assert told("tune", "grid", *GRID, "--quiet", "--storage", "postgresql://me@host/db") == message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_database_says_nothing_of_its_password(url: str, account: tuple[str, str], form: str) -> None:
+    written = urls_of(url, account)
+    place = Database.at(written[form])
+    for text in (str(place), repr(place), f"{place}", place.public, repr(Place(place)), place.engine_url):
+        assert SECRET not in text
+    assert Database.at(place.public) == Database.at(written["nowhere"])
+    with planned(written[form], [RATE]) as study, Owner(study.locks) as owner:
+        assert SECRET not in repr(study._engine) + repr(study.database) + repr(study.workers())
+        claim = claimed(study, owner)
+        query(url, "DROP TABLE bpf_histories")
+        with pytest.raises(RunError) as raised:
+            study.finish(claim, claim.rows[0].key, 1.0, "complete", {}, [])
+        assert str(raised.value) == 'The study database failed: relation "bpf_histories" does not exist.'
+        assert SECRET not in "".join(traceback.format_exception(raised.value))
+    assert SECRET not in dump(url)

@@ -182,6 +182,30 @@ def test_each_rule_is_an_optuna_study(path: Path, study: Study, owner: Owner) ->
     assert study.study_name("bp") == "mine/bp"
 
 
+def test_a_trial_is_made_as_optuna_makes_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(raw: sqlite3.Connection, table: str) -> list[tuple[object, ...]]:
+        rows = raw.execute(f"SELECT * FROM {table} ORDER BY trial_id, 1").fetchall()
+        return [tuple(value for value in row if not _is_moment(value)) for row in rows]
+
+    def _is_moment(value: object) -> bool:
+        return isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d ", value) is not None
+
+    tables = ("trials", "trial_params", "trial_user_attributes", "trial_system_attributes", "trial_values")
+    found = []
+    for way in ("ours", "Optuna's"):
+        if way != "ours":
+            monkeypatch.delattr(bpf.trials._Storage, "_get_prepared_new_trial")
+        place = path.with_name(f"{way}.db")
+        with planned(place, [ARCH, RATE, BATCH]) as study, Owner(study.locks) as owner:
+            study.plan({"bp": [RATE]}, cells_of([RATE], "bp"))
+            finish_all(study, owner)
+        with closing(sqlite3.connect(place)) as raw:
+            raw.execute("UPDATE trial_user_attributes SET value_json = 'any' WHERE key = 'name'")
+            found.append({table: told(raw, table) for table in tables})
+    assert all(found[0].values())
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TZ", "Asia/Tokyo")

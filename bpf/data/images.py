@@ -23,24 +23,27 @@ _CHUNK = 128
 _SHOWN = 5
 
 Decoded = npt.NDArray[np.uint8] | str
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
-def decode(name: str, paths: Sequence[str], image_size: int | None, *, keep_grey: bool) -> Images:
+def decode(name: str, paths: Sequence[str], image_size: int | Size | None, *, keep_grey: bool) -> Images:
     """Decode image files to uint8 [N, C, H, W] in the order of `paths`.
 
-    With `image_size` each image is scaled to fit a square of that many pixels, keeping its aspect ratio, and
-    centred on black; without it all must have one size. C is 3, or 1 if `keep_grey` and every file is
+    With `image_size` each image is scaled to fit a square of that many pixels, or (height, width), keeping its aspect
+    ratio, and centred on black; without it all must have one size. C is 3, or 1 if `keep_grey` and every file is
     grey-scale. Grey images among coloured ones get three equal channels; transparency is dropped.
 
     Raises UsageError, naming `name` and the first 5 files, for files that are no readable 8-bit images and
     for sizes that differ.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     images: Images | None = None
     first = paths[0]
     broken: list[str] = []
     odd: list[str] = []
     coloured = False
-    for index, pixels in enumerate(_decode_all(paths, image_size)):
+    for index, pixels in enumerate(_decode_all(paths, size)):
         if isinstance(pixels, str):
             broken.append(f"{paths[index]}: {pixels}")
             continue
@@ -64,15 +67,15 @@ def decode(name: str, paths: Sequence[str], image_size: int | None, *, keep_grey
     return images if coloured or not keep_grey else images[:, :1].copy()
 
 
-def _decode_all(paths: Sequence[str], image_size: int | None) -> Iterator[Decoded]:
+def _decode_all(paths: Sequence[str], size: Size | None) -> Iterator[Decoded]:
     """The images in order, decoded by as many threads as there are cores (PIL decodes without the GIL)."""
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for decoded in pool.map(lambda chunk: [_decode_one(path, image_size) for path in chunk], chunks):
+        for decoded in pool.map(lambda chunk: [_decode_one(path, size) for path in chunk], chunks):
             yield from decoded
 
 
-def _decode_one(path: str, image_size: int | None) -> Decoded:
+def _decode_one(path: str, size: Size | None) -> Decoded:
     """Pixels uint8 [H, W] (grey) or [H, W, 3], or the reason why there are none."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -80,11 +83,11 @@ def _decode_one(path: str, image_size: int | None) -> Decoded:
         with Image.open(path) as image:
             if image.mode.startswith(_WIDE_MODES):
                 return f"has more than 8 bits per channel (mode {image.mode})"
-            if image_size is not None:
-                image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: skip detail that scaling discards
+            if size is not None:
+                image.draft(None, (2 * size[1], 2 * size[0]))  # JPEG: skip detail that scaling discards
             plain = _plain(image)
-            if image_size is not None:
-                plain = ImageOps.pad(plain, (image_size, image_size), Image.Resampling.BILINEAR, color=0)
+            if size is not None:
+                plain = ImageOps.pad(plain, (size[1], size[0]), Image.Resampling.BILINEAR, color=0)
             return np.asarray(plain)
     except UnidentifiedImageError:
         return "is not an image"

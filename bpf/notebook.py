@@ -1,0 +1,121 @@
+"""bpf in Python: the commands as functions, for notebooks. `import bpf` is enough to reach them.
+
+>>> import bpf
+>>> experiment = bpf.tune({"dataset": "digits", "algorithm": ["bp", "dfa"]}, "runs/mine")   # doctest: +SKIP
+>>> experiment.results().groupby("algorithm").test_error.min()                              # doctest: +SKIP
+"""
+
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpf import api, console, exporting
+from bpf.experiment import Experiment, Place, open_experiment
+from bpf.extras import need
+from bpf.fields import build
+from bpf.spec import GridSpec, RunSpec
+
+if TYPE_CHECKING:
+    import pandas
+
+GridLike = GridSpec | Mapping[str, Any]
+RunLike = RunSpec | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An experiment on disk. Tables are pandas DataFrames (`pip install pandas`), read anew at each call."""
+
+    experiment: Experiment
+
+    @property
+    def directory(self) -> Path:
+        return self.experiment.directory
+
+    def results(self) -> "pandas.DataFrame":
+        """A row per cell: parameters, state, objective and test scores (mean and std over executions)."""
+        return self._frame("results")
+
+    def history(self) -> "pandas.DataFrame":
+        """A row per epoch of each execution: training and validation loss and error."""
+        return self._frame("history")
+
+    def trackers(self) -> "pandas.DataFrame":
+        """A row per measurement of each execution."""
+        return self._frame("trackers")
+
+    def status(self) -> dict[str, Any]:
+        """How far it is, as `bpf status --json` tells it."""
+        return api.status(self.experiment)
+
+    def best(self, top: int = 10) -> list[dict[str, Any]]:
+        """The best cells, as `bpf best --json` tells them."""
+        return [entry.as_json(self.experiment.grid.objective) for entry in api.best(self.experiment, top)]
+
+    def best_model(self, rule: str) -> Path | None:
+        """The file of a rule's best network, for `bpf.load`; None if nothing of it is complete."""
+        from bpf.models import path_of
+
+        with closing(self.experiment.open_study(reading=True)) as study:
+            found = study.best(rule)
+        return path_of(self.experiment.files / "models", rule, found[0]) if found else None
+
+    def _frame(self, what: str) -> "pandas.DataFrame":
+        pandas = need("pandas", "A DataFrame", "pandas", "notebook")
+        with closing(self.experiment.open_study(reading=True)) as study:
+            table = exporting.table(study, what)
+            return pandas.DataFrame(list(table), columns=list(table.columns))
+
+
+def tune(
+    spec: GridLike,
+    directory: str | Path,
+    *,
+    data_dir: str | Path = "data",
+    workers: int | None = None,
+    max_hours: float | None = None,
+    keep_checkpoints: bool = False,
+    quiet: bool = False,
+) -> Opened:
+    """Run a grid search in worker processes, or go on with it, and return the experiment.
+
+    `spec` has the fields of a spec file. Raises UsageError for a mistake in it, and Interrupted when it was stopped;
+    the same call again goes on. In a script, call it below `if __name__ == "__main__":`, like everything that starts
+    processes.
+    """
+    grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
+    place = Place(keep_checkpoints=keep_checkpoints)
+    experiment = api.open_tune(Path(directory), grid, Path(data_dir), place)
+    return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
+
+
+def train(
+    spec: RunLike,
+    directory: str | Path,
+    *,
+    data_dir: str | Path = "data",
+    max_hours: float | None = None,
+    keep_checkpoints: bool = False,
+    quiet: bool = False,
+) -> Opened:
+    """Train one network in this process, or go on with it, and return the experiment."""
+    run = spec if isinstance(spec, RunSpec) else build(RunSpec, spec)
+    place = Place(keep_checkpoints=keep_checkpoints)
+    experiment = api.open_train(Path(directory), run, Path(data_dir), place)
+    return _run(experiment, api.Effort(1, max_hours=max_hours), quiet)
+
+
+def open(directory: str | Path) -> Opened:
+    """The experiment in a directory. Raises UsageError if there is none."""
+    return Opened(open_experiment(Path(directory)))
+
+
+def _run(experiment: Experiment, effort: api.Effort, quiet: bool) -> Opened:
+    # A notebook's cell has no command line; what was called is in the spec.
+    command = [f"bpf.{experiment.kind}", str(experiment.directory)]
+    api.run(experiment, lambda outset: console.LiveProgress(outset, quiet), command, effort)
+    sys.stderr.flush()
+    return Opened(experiment)

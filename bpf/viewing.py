@@ -1,0 +1,259 @@
+"""Commands that look at what came out."""
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bpf.arguments import TOP, AsJson, DataDir, Directory, Storage, opened, print_json
+from bpf.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from bpf.experiment import Experiment
+
+Directories = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+]
+
+
+def status(
+    directory: Directory = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Show why cells have failed.")] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far an experiment is (by default the newest in runs/)."""
+    from bpf import api, console
+
+    experiment = opened(directory, storage)
+    if failed:
+        rows = [row for row in api.rows(experiment) if row.state == "failed"]
+        if as_json:
+            print_json(
+                [
+                    {
+                        "cell": row.name,
+                        "algorithm": row.rule,
+                        "params": row.params,
+                        "cause": row.cause,
+                        "error": row.error,
+                    }
+                    for row in rows
+                ]
+            )
+        else:
+            console.show_failures(rows)
+    elif as_json:
+        print_json(api.status(experiment))
+    else:
+        console.show_status(api.status(experiment))
+
+
+def best(
+    directory: Directory = None,
+    top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = TOP,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
+    from bpf import api, console
+
+    experiment = opened(directory, storage)
+    if as_json:
+        print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
+    else:
+        console.show_results(api.ranking(experiment, top), experiment.grid.objective)
+
+
+def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
+    """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
+    from bpf import api, console
+
+    provenance = api.provenance(opened(directory, storage))
+    print_json(provenance) if as_json else console.show_provenance(provenance)
+
+
+def clean(
+    directory: Directory = None,
+    storage: Storage = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Also those that were kept of finished cells.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what an experiment does not need any more: left-over checkpoints, models, temporary and lock files.
+
+    Results, histories, the best model of each rule, and checkpoints of cells that go on are never touched.
+    """
+    from bpf import api, console
+
+    removed = api.clean(opened(directory, storage), checkpoints, dry_run)
+    print_json(removed) if as_json else console.show_cleaned(removed, dry_run)
+
+
+def export(
+    directory: Directory = None,
+    what: Annotated[
+        str,
+        typer.Option(
+            help="results: a row per cell; history: per epoch; trackers: per measurement; metrics: all of it, as one "
+            "Parquet file per rule.",
+            metavar="results|history|trackers|metrics",
+        ),
+    ] = "results",
+    format_: Annotated[str, typer.Option("--format", help="How to write it.", metavar="csv|json|parquet")] = "csv",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file, or for metrics the folder; csv and json are printed otherwise.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Write every cell, epoch or measurement as a table for other programs."""
+    from bpf import exporting
+    from bpf.files import write_atomically
+
+    known = (*exporting.TABLES, "metrics")
+    for name, value, of in (("what", what, known), ("format", format_, tuple(exporting.FORMATS))):
+        if value not in of:
+            raise UsageError(f"--{name} {value}: give one of {', '.join(of)}.{did_you_mean(value, of)}")
+    experiment = opened(directory, storage)
+    if what == "metrics":
+        for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
+            typer.echo(path)
+        return
+    if format_ == "parquet" and output is None:
+        raise UsageError("--format parquet is not for a terminal: give --output FILE.")
+    with closing(experiment.open_study(reading=True)) as study:
+        table = exporting.table(study, what)
+        if output is None:
+            exporting.write(table, format_, sys.stdout.buffer)
+        else:
+            write_atomically(output, lambda file: exporting.write(table, format_, file))
+
+
+def report(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page [default: DIRECTORY/report/index.html].", metavar="FILE", show_default=False),
+    ] = None,
+    figures: Annotated[
+        str | None,
+        typer.Option(help="Write the figures as files, too.", metavar="png|svg|pdf", show_default=False),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Write one page on experiments: tables, figures, where the numbers come from. It opens offline."""
+    from bpf.report import report as write
+
+    experiments = _several(directories, storage)
+    page = output or experiments[0].directory / "report" / "index.html"
+    for path in write(experiments, page, figures):
+        typer.echo(path)
+    if open_:
+        typer.launch(str(page))
+
+
+def tensorboard(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="[default: the first free one from 6006 on]", show_default=False),
+    ] = None,
+    write_only: Annotated[
+        bool, typer.Option("--write-only", help="Write the event files, and do not show them.")
+    ] = False,
+    storage: Storage = None,
+) -> None:
+    """Show experiments in TensorBoard, on this machine only; the event files lie in DIRECTORY/tensorboard."""
+    from bpf import tensorboard
+
+    experiments = _several(directories, storage)
+    folders = [experiment.directory / "tensorboard" for experiment in experiments]
+    for experiment, folder in zip(experiments, folders, strict=True):
+        count = tensorboard.write(experiment, folder)
+        typer.echo(f"{count} trials written to {folder}", err=True)
+    if not write_only:
+        raise typer.Exit(tensorboard.serve(folders, port))
+
+
+def dashboard(
+    directory: Directory = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
+    storage: Storage = None,
+) -> None:
+    """Show an experiment in optuna-dashboard, on this machine only."""
+    from bpf import dashboard
+
+    dashboard.serve(opened(directory, storage), port, lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"))
+
+
+def _several(directories: list[Path] | None, storage: str | None) -> "list[Experiment]":
+    return [opened(directory, storage) for directory in directories or ()] or [opened(None, storage)]
+
+
+Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/dfa/KEY.safetensors.", metavar="MODEL")]
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set [default: that of its run].", metavar="NAME", show_default=False)
+    ] = None,
+    part: Annotated[str, typer.Option(help="Of the data set.", metavar="test|val|train")] = "test",
+    data_dir: DataDir = Path("data"),
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images of folder:PATH.", metavar="N", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Loss, error and confusion matrix of a saved model."""
+    from bpf import console
+    from bpf.evaluation import evaluate
+
+    scores = evaluate(model, dataset, data_dir, part, image_size)
+    print_json(scores) if as_json else console.show_scores(scores)
+
+
+def predict(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGES...")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.", metavar="N")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for reconstructed images.", metavar="DIR", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a saved model makes of images."""
+    from bpf import console
+    from bpf.evaluation import predict
+
+    found = predict(model, images, top, output)
+    print_json(found) if as_json else console.show_predictions(found)
+
+
+def onnx(model: Model, output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="FILE")]) -> None:
+    """Write a saved model as ONNX: images uint8 [N, C, H, W] in, logits out."""
+    from bpf.models import export_onnx
+
+    typer.echo(export_onnx(model, output))
+
+
+COMMANDS = (status, best, report, show, export, tensorboard, dashboard, evaluate, predict, onnx, clean)
+"""In the order of the help."""
