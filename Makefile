@@ -21,7 +21,7 @@ demo: install  ## run a real grid over five learning rules on the embedded data 
 	$(BIN)/bpf tune runs/demo --spec examples/demo.yaml
 
 test: install  ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out
 	BPF_CHAOS_KILLS=$${BPF_CHAOS_KILLS:-200} $(BIN)/python -m pytest -s tests/test_chaos.py

@@ -1,7 +1,7 @@
 """What the commands do, as functions on experiments that return plain values. Nothing here prints."""
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +12,13 @@ from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
 from bpf.database import Database
 from bpf.errors import RunError, UsageError
+from bpf.events import Trouble
 from bpf.experiment import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
 from bpf.grid import MAX_CELLS, Grid, as_grid, check_run, expand, resolve_options
 from bpf.plan import OPEN, STATES, Row
-from bpf.results import Ranked, history_columns, rank, result_columns, tracker_columns, winners
+from bpf.results import Ranked, rank, winners
 from bpf.spec import GridSpec, RunSpec
-from bpf.study import Study
+from bpf.study import PATIENCE_SECONDS, Study
 
 if TYPE_CHECKING:
     from bpf.events import Observe
@@ -143,6 +144,7 @@ def run(
                 Worker(jobs[0], study, partial(observer, 1), stop, loaded).run()
             else:
                 del loaded
+                study.patience, study.on_wait = PATIENCE_SECONDS, lambda reason: observer(0, Trouble(reason))
                 supervisor.Supervisor(jobs, study, observer, stop).run()
 
 
@@ -310,20 +312,6 @@ def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool 
         for path in found:
             path.unlink(missing_ok=True)
     return {"files": [str(path) for path in found], "bytes": size}
-
-
-def table(experiment: Experiment, what: str) -> Iterator[dict[str, Any]]:
-    """Flat records: of every cell (`results`), epoch (`history`) or measurement (`trackers`) of an execution."""
-    with closing(experiment.open_study(reading=True)) as study:
-        axes = {axis.name: None for rule in experiment.grid.algorithm for axis in study.axes(rule)}
-        for row in study.rows():
-            cell = {"cell": row.name, "key": row.key, "algorithm": row.rule, **axes, **row.params}
-            if what == "results":
-                yield cell | result_columns(row)
-                continue
-            columns = history_columns if what == "history" else tracker_columns
-            for number, record in enumerate(study.history(row.key) or []):
-                yield from (cell | moment for moment in columns(number, record))
 
 
 def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,7 +24,16 @@ def save(path: Path, cohort: str, cells: Sequence[str], specs: Sequence[RunSpec]
     """
     dumped = [spec.model_dump(mode="json") for spec in specs]
     content = {"format": FORMAT, "cohort": cohort, "cells": list(cells), "specs": dumped, "states": states}
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, for what the system said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, write)
 
 
 def load(path: Path, cohort: str) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def evaluate(
 
     Returns `loss`, the mean per example, `error`, the fraction of wrong predictions, and `confusion`, how many examples
     of each true class (rows) are taken for each class (columns); the latter two are None in reconstruction. `loss` is
-    None if it is not finite. Batches, kernels and sums are those of training: a run on a CPU had the same test loss,
-    bit for bit on the same kind of processor.
+    None if it is not finite. Batches, kernels and sums are those of training: a run on a CPU of the same kind had the
+    same test loss, bit for bit (but for layers of one unit, see `models.load`); one on a GPU had it to rounding.
 
     Raises UsageError for an unusable model, for data that do not fit it, and for a part that does not exist.
     """
@@ -155,21 +155,21 @@ def _scores(model: Model, data: Data, part: str) -> dict[str, Any]:
     examples = {"test": feed.test, "val": feed.val, "train": feed.train}[part]
     loss = output_loss(spec.resolved_loss, squash_for(spec.problem_type, spec.scaler))
     module, classes = model.module(), len(model.classes)
-    total = torch.zeros(1, dtype=model.tensors["weight.0"].dtype)
+    totals = torch.zeros(2, dtype=model.tensors["weight.0"].dtype)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for rows in torch.split(torch.arange(len(examples)), EVALUATION_ROWS):
         _, target, labels = feed.batch(examples, rows[None])
         logits = module(examples.images[examples.index[rows]].view(-1, *model.shape))
-        total += loss(logits[None], target)[0].sum(1)
+        totals[0] += loss(logits[None], target)[0].sum()
         if feed.classifies:
             pairs = labels[0] * classes + logits.argmax(-1)
             confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    mean = total.div_(len(examples)).item()
-    wrong = len(examples) - int(confusion.trace())
+    totals[1] = confusion.sum() - confusion.trace()
+    mean, error = totals.div_(len(examples)).tolist()
     return {
         "examples": len(examples),
         "loss": mean if math.isfinite(mean) else None,
-        "error": wrong / len(examples) if feed.classifies else None,
+        "error": error if feed.classifies else None,
         "classes": list(model.classes),
         "confusion": confusion.tolist() if feed.classifies else None,
     }

@@ -42,8 +42,8 @@ class Holes(UsageError):
 
     def __init__(self, rule: str, missing: Sequence[Mapping[str, Value]]) -> None:
         super().__init__(
-            f"A grid must be whole, and lr_from has no learning rate for {len(missing)} setups of {rule}, such as "
-            f"{words(rule, missing[0])}. Add them, or shorten lists."
+            f"A grid must be whole, and lr_from has no learning rate for {len(missing)} of the setups of {rule}, "
+            f"such as {words(rule, missing[0])}. Add what is missing, or shorten lists."
         )
 
 

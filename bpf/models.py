@@ -112,7 +112,8 @@ def load(path: Path) -> nn.Sequential:
     The stages are activation modules of torch, and graphs of torch functions (`torch.fx.GraphModule`) with the
     parameters and running statistics; what `torch.save` or `torch.export` makes of them needs no bpf to load and run.
     Graphs and not `nn.Linear` and `nn.BatchNorm1d`, because those round differently: these apply the very kernels of
-    training, so on one thread of the same processor equal batches give equal bits.
+    training, so on one thread of the same kind of processor equal batches give equal bits. (In layers of one unit,
+    those of a run trained alone: a product with one vector is rounded differently from a stack of them.)
 
     Raises UsageError, having run nothing from the file, for one that is missing, damaged, changed or not of bpf.
     """

@@ -71,15 +71,17 @@ def machine() -> str:
     return f"{socket.gethostname()}/{started}"
 
 
-def is_held(lock: Path) -> bool | None:
-    """Whether a living process holds the lock; None if there is no such file."""
+def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
+    """Whether a living process holds the lock; None if there is no such file, `unknown` if it may not be opened."""
     if not lock.exists():
         return None
     probe = FileLock(lock, thread_local=False)
     try:
         probe.acquire(blocking=False)
-    except (Timeout, OSError):  # an OSError: in a directory that may only be read, nothing can be told
+    except Timeout:
         return True
+    except OSError:  # in a directory that may only be read, or of another user
+        return unknown
     probe.release()
     return False
 
@@ -166,7 +168,7 @@ def dead(
     gone = set()
     for token in tokens:
         record = known.get(token)
-        held = is_held(Path(record.lock)) if record is not None and record.machine == here else None
+        held = is_held(Path(record.lock), None) if record is not None and record.machine == here else None
         if held is None and trust_leases:
             held = record is not None and record.lease > moment
         if held is False:

@@ -1,6 +1,6 @@
 """Randomness by key: every random number comes from a generator seeded by (seed, purpose, epoch).
 
-A run's numbers therefore do not depend on what it is stacked with, and a resume needs no saved state.
+So what a run is stacked with changes its numbers by rounding only, and a resume needs no saved state.
 """
 
 import hashlib

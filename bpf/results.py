@@ -1,7 +1,7 @@
 """What came out of an experiment: ranked cells, counts and times, as plain values for tables and JSON."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,8 @@ class Ranked:
 
 def parameters(row: Row) -> dict[str, Value]:
     """A cell's tunable parameters, also a learning rate that is no parameter of the grid as it was handed over."""
-    return {**row.params, "lr": row.params.get("lr", row.spec["lr"])}
+    handed_over = "lr" not in row.params and "lr" in row.spec
+    return row.params | {"lr": row.spec["lr"]} if handed_over else row.params
 
 
 def rank(rows: Sequence[Row]) -> list[Ranked]:
@@ -129,18 +130,3 @@ def result_columns(row: Row) -> dict[str, Any]:
         for name, spread in ranked.test.items():
             columns |= {f"test_{name}": spread.mean, f"test_{name}_std": spread.std}
     return columns
-
-
-def history_columns(execution: int, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One flat record per epoch of an execution, counted from 1."""
-    known = {"execution": execution, "seed": record["seed"], "status": record["status"]}
-    for epoch in range(record["epochs"]):
-        yield {**known, "epoch": epoch + 1, **{name: values[epoch] for name, values in record["history"].items()}}
-
-
-def tracker_columns(execution: int, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One flat record per measurement of the trackers."""
-    known = {"execution": execution, "seed": record["seed"], "status": record["status"]}
-    tracked = record.get("tracked", {})
-    for at in range(len(tracked.get("step", ()))):
-        yield known | {name: values[at] for name, values in tracked.items()}

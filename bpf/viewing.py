@@ -1,5 +1,6 @@
 """Commands that look at what came out."""
 
+import io
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from bpf.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from bpf.experiment import Experiment
+    from bpf.exporting import Table
 
 Directories = Annotated[
     list[Path] | None,
@@ -123,7 +125,7 @@ def export(
     known = (*exporting.TABLES, "metrics")
     for name, value, of in (("what", what, known), ("format", format_, tuple(exporting.FORMATS))):
         if value not in of:
-            raise UsageError(f"--{name} {value}: give one of {', '.join(of)}.{did_you_mean(value, of)}")
+            raise UsageError(f"--{name} {value} is not known.{did_you_mean(value, of)}")
     experiment = opened(directory, storage)
     if what == "metrics":
         for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
@@ -134,9 +136,20 @@ def export(
     with closing(experiment.open_study(reading=True)) as study:
         table = exporting.table(study, what)
         if output is None:
-            exporting.write(table, format_, sys.stdout.buffer)
+            _print_table(table, format_)
         else:
             write_atomically(output, lambda file: exporting.write(table, format_, file))
+
+
+def _print_table(table: "Table", format_: str) -> None:
+    from bpf.exporting import write
+
+    if hasattr(sys.stdout, "buffer"):
+        write(table, format_, sys.stdout.buffer)
+    else:  # a notebook's
+        file = io.BytesIO()
+        write(table, format_, file)
+        typer.echo(file.getvalue().decode(), nl=False)
 
 
 def report(

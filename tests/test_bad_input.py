@@ -206,8 +206,8 @@ OPTIONS = {
     f"{TUNE} --dropout 0.5": DROPOUT,
     f"{TRAIN} --dropout 0.5": DROPOUT,
     f"{TUNE} --objective val_loss": "objective val_loss without lr: val_* objectives tune regularisation and take the "
-    "learning rate from an earlier phase. First run the same grid with objective loss, read the best learning rate "
-    "with `bpf best`, and give it with --lr.",
+    "learning rate of each setup from an earlier phase. First run the same command with --objective loss and without "
+    "--dropout, then this one with --lr-from DIR, where DIR is the directory of that experiment; or give --lr.",
     f"{TRAIN} --objective val_error --val-frac 0": "objective val_error with val_frac 0: there is no validation split "
     "to measure. Give val_frac, such as 0.1.",
     f"{TRAIN} --imbalance-factor 5": SKEW,
@@ -275,10 +275,10 @@ OPTIONS = {
     f"{TUNE} --storage sqlite:////": "/ is a directory; the study is a file in it, such as /study.db.",
     "worker": "Name the experiment's directory, or the --storage that its study is kept in.",
     "worker --storage sqlite:////nowhere/study.db": "There is no study database /nowhere/study.db.",
-    "export ex --what histories": "--what histories: give results or history. Did you mean 'history'?",
-    "export ex --what x": "--what x: give results or history. Known: history, results.",
-    "export ex --format xml": "--format xml: give csv or json. Known: csv, json.",
-    "export ex --format jsn": "--format jsn: give csv or json. Did you mean 'json'?",
+    "export ex --what histories": "--what histories is not known. Did you mean 'history'?",
+    "export ex --what x": "--what x is not known. Known: history, metrics, results, trackers.",
+    "export ex --format xml": "--format xml is not known. Known: csv, json, parquet.",
+    "export ex --format jsn": "--format jsn is not known. Did you mean 'json'?",
 }
 
 
@@ -300,8 +300,8 @@ def test_a_device_that_is_not_there(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) 
 
 COMMAND_LINE = {
     "tun": "No such command 'tun'. Did you mean 'tune'?",
-    "tune --lrr 1": "No such option: --lrr (Possible options: --lr, --scaler)",
-    "train --bogus": "No such option: --bogus",
+    "tune --lrr 1": "No such option: --lrr (Possible options: --lr, --lr-from, --scaler)",
+    "train --bogus": "No such option: --bogus (Possible options: --verbose)",
     "--bogus": "No such option: --bogus",
     "train --lr": "Option '--lr' requires an argument.",
     "status a b": "Got unexpected extra argument(s) (b)",
@@ -310,7 +310,6 @@ COMMAND_LINE = {
     "resume --checkpoint-every -1": "Invalid value for '--checkpoint-every': "
     "Input should be greater than or equal to 0",
     "tune --max-hours -1": "Invalid value for '--max-hours': Input should be greater than or equal to 0",
-    "show ex --storage s.db": "No such option: --storage",
 }
 
 
@@ -1100,7 +1099,8 @@ def test_nobody_needs_to_wait_for_a_full_disk(
     with full_for(rf"{part}/(dfa/)?\.", then=lambda: signal.raise_signal(signal.SIGINT)):
         outcome = bpf_("resume ex --json")
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.err.endswith("Stopped, and everything is stored. Go on with: bpf resume ex\n")
+    stopped = "Stopped. What could not be stored is trained again from the last checkpoint."
+    assert outcome.err.endswith(f"{stopped} Go on with: bpf resume ex\n")
     assert part == "models" or tree(work / "ex/checkpoints") == before
     assert json.loads(bpf_("status ex --json").out)["cells"]["interrupted"] == 2
     assert bpf_("resume ex -q").code == 0

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from bpf.data import cache
+from bpf.data.images import decode
 from bpf.data.own import Folder, Npz
 from bpf.errors import UsageError
 from bpf.registry import DATASETS, Registry
@@ -109,6 +110,14 @@ def test_image_size_keeps_the_aspect_ratio_and_pads_with_black(tmp_path):
     assert wide[:2].max() == 0
     assert wide[6:].max() == 0
     assert wide[2:6].min() == 250
+
+
+def test_images_fit_sizes_that_are_not_square(tmp_path):
+    """A square in the middle of 4 rows and 6 columns, and in the middle of 6 rows and 4 columns."""
+    picture(tmp_path / "a.png", 255, (8, 8), "L")
+    wide, high = (decode("x", [str(tmp_path / "a.png")], size, keep_grey=True)[0, 0] for size in ((4, 6), (6, 4)))
+    assert wide.tolist() == [[0, 255, 255, 255, 255, 0]] * 4
+    assert high.tolist() == wide.T.tolist()
 
 
 def test_jpegs_are_scaled_from_enough_detail(tmp_path):

@@ -14,7 +14,7 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.errors import UsageError
 from bpf.experiment import load_rules
 from bpf.fields import build
-from bpf.grid import LeftOut, as_grid, check_run, execution, expand
+from bpf.grid import Holes, LeftOut, as_grid, check_run, execution, expand, resolve_options, setup, setups
 from bpf.spec import GridSpec, RunSpec, digest
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
@@ -154,6 +154,89 @@ def test_single_runs_are_checked_in_the_same_way():
     assert refusal(check_run, aligned, RULES["bp"]).startswith("algorithm bp with init aligned: ")
     wrong = RunSpec(dataset="digits", algorithm="dfa", options={"dfa": {"scale": 1}})
     assert refusal(check_run, wrong, RULES["dfa"]) == "Unknown option dfa.scale. dfa has no options."
+
+
+def test_learning_rates_come_first():
+    message = (
+        "objective val_loss without lr: val_* objectives tune regularisation and take the learning rate of each setup "
+        "from an earlier phase. First run the same command with --objective loss and without --dropout, then this one "
+        "with --lr-from DIR, where DIR is the directory of that experiment; or give --lr."
+    )
+    assert refusal(plan, "dfa", objective="val_loss") == message
+    awaiting = build(GridSpec, {"dataset": "digits", "algorithm": "dfa", "objective": "val_loss"})
+    assert refusal(resolve_options, awaiting, RULES) == message, "its default rates would be taken for given ones"
+
+
+LISTS = {"arch": "8,16", "activation": "tanh,sigmoid", "batch_norm": False, "objective": "val_loss", "dropout": "0,0.5"}
+
+
+def rates(algorithm="dfa", rules=RULES, skip=(), **values):
+    """A learning rate for each setup of a grid, all different, without those whose parameters `skip` names."""
+    grid = build(GridSpec, {"dataset": "digits", "algorithm": algorithm, **LISTS, **values})
+    found = [
+        {"algorithm": rule, "params": params, "lr": 0.001 * (1 + number)}
+        for number, (rule, params) in enumerate(setups(grid, rules))
+    ]
+    return [rate for rate in found if not any(one.items() <= rate["params"].items() for one in skip)]
+
+
+def test_each_setup_has_the_learning_rate_that_was_handed_over():
+    fake = {"bp": Backpropagation, "fake": Fake}
+    lists = LISTS | {"weight_decay": "0,0.1", "skew_type": "none,step", "options": {"fake": {"scale": "0.1,0.2"}}}
+    handed = rates("bp,fake", fake, **lists)
+    grid = plan("bp,fake", fake, **lists, lr_from=handed)
+    assert len(handed) == 8 + 32
+    assert len(grid.cells) == len(handed) * 2 * 2
+    by_setup = {(rate["algorithm"], *sorted(rate["params"].items())): rate["lr"] for rate in handed}
+    for cell in grid.cells:
+        assert "lr" not in cell.params
+        assert cell.spec["lr"] == by_setup[cell.rule, *sorted(setup(cell.params).items())]
+    for rule, axes in grid.axes.items():
+        cells = [cell for cell in grid.cells if cell.rule == rule]
+        assert {axis.name for axis in axes} == set(cells[0].params)
+        points = itertools.product(*(axis.values for axis in axes))
+        assert sorted(tuple(cell.params.values()) for cell in cells) == sorted(points)
+
+
+def test_a_cell_is_that_of_the_same_run_with_its_learning_rate_given():
+    for cell in plan("dfa", **LISTS, lr_from=rates()).cells:
+        run = run_of(cell)
+        assert cell.key == digest(run.identity())
+        alone = {name: value for name, value in cell.params.items() if name != "skew"}
+        (same,) = plan("dfa", objective="val_loss", lr=cell.spec["lr"], **alone).cells
+        assert (same.key, same.structure, same.spec, same.cost) == (cell.key, cell.structure, cell.spec, cell.cost)
+
+
+def test_values_without_any_learning_rate_are_left_out():
+    lists = LISTS | {"algorithm": "dfa,drtp", "activation": "tanh,sigmoid,relu"}
+    handed = rates(**lists, skip=[{"arch": "16"}, {"activation": "sigmoid"}])
+    grid = plan(**lists, lr_from=handed)
+    assert sizes(grid, "dfa") == {"activation": 2, "bw_init": 2, "dropout": 2}
+    assert sizes(grid, "drtp") == {"bw_init": 2, "dropout": 2}
+    none = "no learning rate was handed over"
+    unstable = "activation relu: drtp diverges unless the activation is bounded (--allow-unstable to include them)"
+    assert grid.left_out == [
+        LeftOut("dfa", 8, f"arch 16: {none}"),
+        LeftOut("dfa", 8, f"activation sigmoid: {none}"),
+        LeftOut("drtp", 4, unstable),
+        LeftOut("drtp", 8, f"arch 16: {none}"),
+        LeftOut("drtp", 8, f"activation sigmoid: {none}"),
+    ]
+    asked = 2 * 3 * 2 * 2 * 2
+    assert len(grid.cells) + sum(left.cells for left in grid.left_out) == asked
+
+
+def test_holes_are_refused():
+    lists = LISTS | {"bw_init": "ortho"}
+    one = {"arch": "16", "activation": "sigmoid"}
+    with pytest.raises(Holes) as caught:
+        plan("dfa", **lists, lr_from=rates(**lists, skip=[one]))
+    assert str(caught.value) == (
+        "A grid must be whole, and lr_from has no learning rate for 1 of the setups of dfa, such as dfa arch=16 "
+        "activation=sigmoid batch_norm=false bw_init=ortho init=orthogonal optimizer=adam batch_size=64 skew=none. "
+        "Add what is missing, or shorten lists."
+    )
+    assert "4 of the setups of dfa" in refusal(plan, "bp,dfa", **lists, lr_from=rates("bp", **lists))
 
 
 def test_too_many_cells():

@@ -1,5 +1,7 @@
 """Specs: defaults, lists, ranges, the rules between fields with their whole messages, and identity."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -182,12 +184,68 @@ def test_dropout_needs_a_validation_objective(model, objective):
 
 
 @pytest.mark.parametrize("objective", ["val_loss", "val_error"])
-def test_validation_objectives_need_a_learning_rate(objective):
-    assert refusal(GridSpec, objective=objective) == (
-        f"objective {objective} without lr: val_* objectives tune regularisation and take the learning "
-        "rate from an earlier phase. First run the same grid with objective loss, read the best learning "
-        "rate with `bpf best`, and give it with --lr."
-    )
+def test_validation_objectives_await_learning_rates(objective):
+    grid = build(GridSpec, {**GRID, "objective": objective})
+    assert grid.awaits_rates
+    assert not build(GridSpec, {**GRID, "objective": objective, "lr": 0.1}).awaits_rates
+    assert not build(GridSpec, {**GRID, "objective": objective, "lr_from": [RATE]}).awaits_rates
+    assert not build(GridSpec, GRID).awaits_rates
+
+
+RATE = {"algorithm": "dfa", "params": {"arch": "8", "batch_norm": False, "batch_size": 64}, "lr": 0.01}
+
+
+def test_rates_that_are_handed_over_take_the_place_of_lr():
+    grid = build(GridSpec, {**GRID, "objective": "val_loss", "lr_from": [RATE]})
+    dumped = grid.model_dump(mode="json")
+    assert dumped["lr_from"] == [RATE]
+    assert "lr" not in dumped
+    values = dict(dumped)
+    del values["imbalance_factor"]
+    assert build(GridSpec, values) == grid
+    assert build(GridSpec, json.loads(json.dumps(values))) == grid
+    plain = build(GridSpec, GRID).model_dump(mode="json")
+    assert "lr_from" not in plain
+    assert "lr" in plain
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"objective": "loss", "lr_from": [RATE]},
+            "lr_from with objective loss: this objective tunes the learning rate itself. "
+            "Use objective val_loss or val_error, or leave lr_from out.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": [RATE], "lr": 0.1},
+            "lr with lr_from: each setup has the learning rate of the earlier phase. Leave one out.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": [RATE, {**RATE, "lr": 0.1}]},
+            "lr_from: a setup has more than one learning rate.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": "runs/digits"},
+            "lr_from: 'runs/digits' is not accepted: it holds learning rates; the experiment to take them from is "
+            "given with --lr-from.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": [{"algorithm": "dfa", "params": {}}]},
+            "lr_from: {'algorithm': 'dfa', 'params': {}} is not accepted: Field required.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": [{**RATE, "rate": 1}]},
+            "lr_from: 1 is not accepted: Extra inputs are not permitted.",
+        ),
+        (
+            {"objective": "val_loss", "lr_from": [{**RATE, "lr": 0}]},
+            "lr_from: 0 is not accepted: it must be greater than 0.",
+        ),
+    ],
+)
+def test_rates_that_are_refused(values, message):
+    assert refusal(GridSpec, **values) == message
 
 
 @pytest.mark.parametrize("model", [RunSpec, GridSpec])

@@ -491,7 +491,6 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoint.save: torch.save hides the system's error in a RuntimeError")
 def test_a_full_disk_is_waited_out(tmp_path: Path, start: Callable[..., Process]) -> None:
     experiment = planned(tmp_path / "grid", arch=["500-200"], bw_init=[GOOD, GUILTY], lr=[0.001])
     undisturbed = tmp_path / "undisturbed"

@@ -15,8 +15,7 @@ def report(experiments: Sequence[Experiment], output: Path, figures: str | None 
     an experiment has no study or a place cannot be written to.
     """
     from bpf.errors import UsageError, did_you_mean
-    from bpf.report import figures as drawing
-    from bpf.report import page
+    from bpf.report import drawing, page
 
     if figures is not None and figures not in FORMATS:
         raise UsageError(f"Figures are not written as {figures!r}.{did_you_mean(figures, FORMATS)}")

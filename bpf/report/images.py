@@ -46,7 +46,8 @@ def parameter_count(experiment: Experiment, row: Row) -> int | None:
     try:
         with safe_open(path, "pt") as file:
             learned = [n for n in file.keys() if n.partition(".")[0] in ("weight", "bias", "scale", "shift")]  # noqa: SIM118
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in learned)
+            shapes = (tuple[int, ...](file.get_slice(name).get_shape()) for name in learned)
+            return sum(math.prod(shape) for shape in shapes)
     except (OSError, SafetensorError):
         return None
 

@@ -9,35 +9,40 @@ from bpf import __version__
 from bpf.experiment import Experiment
 from bpf.extras import need
 from bpf.files import write_text
-from bpf.report.figures import Palette, inline_svg, save
-from bpf.report.sections import Block, Section, across, block, sections
+from bpf.report.drawing import Palette, inline_svg, save
+from bpf.report.sections import Block, Section, across, block, plain, sections
 
 
 def write(experiments: Sequence[Experiment], output: Path, figures: str | None) -> list[Path]:
     """See `bpf.report.report`."""
-    jinja2 = need("jinja2", "A report", "jinja2", "report")
+    need("jinja2", "A report", "jinja2", "report")
     palette = Palette([rule for experiment in experiments for rule in experiment.grid.algorithm])
     blocks = [block(f"e{number}", one, palette) for number, one in enumerate(experiments, 1)]
     written = [output]
     groups: list[dict[str, Any]] = []
     if len(blocks) > 1:
         groups.append(_group("all", "All experiments", [across(blocks)], None))
+    names = [one.experiment.name for one in blocks]
     for one in blocks:
         made = list(sections(one))
         groups.append(_group(one.name, one.experiment.name, made, one))
-        written += _save(one, made, output, figures, len(blocks) > 1) if figures else []
+        own = one.experiment.name if names.count(one.experiment.name) == 1 else one.name
+        prefix = f"{own}-" if len(blocks) > 1 else ""
+        written += _save(one, made, output, figures, prefix) if figures else []
+    _render(output, ", ".join(names), groups)
+    return written
+
+
+def _render(output: Path, title: str, groups: Sequence[dict[str, Any]]) -> None:
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     now = datetime.datetime.now(datetime.UTC)
-    title = ", ".join(one.experiment.name for one in blocks)
-    write_text(
-        output,
-        environment.get_template("page.html").render(
-            title=title, groups=groups, made=f"{now:%Y-%m-%d %H:%M} UTC", version=__version__
-        ),
-    )
-    return written
+    template = environment.get_template("page.html")
+    made = f"{now:%Y-%m-%d %H:%M} UTC"
+    write_text(output, template.render(title=title, groups=groups, made=made, version=__version__))
 
 
 def _group(name: str, title: str, made: Sequence[Section], of: Block | None) -> dict[str, Any]:
@@ -55,11 +60,11 @@ def _group(name: str, title: str, made: Sequence[Section], of: Block | None) -> 
     return {"name": name, "title": title, "lead": lead, "sections": shown}
 
 
-def _save(of: Block, made: Sequence[Section], output: Path, kind: str, several: bool) -> Iterator[Path]:
+def _save(of: Block, made: Sequence[Section], output: Path, kind: str, prefix: str) -> Iterator[Path]:
     directory = output.parent / f"{output.stem}-figures"
     for section in made:
         for one in section.figures:
             name = one.name.removeprefix(f"{of.name}-")
-            path = directory / f"{f'{of.experiment.name}-' if several else ''}{name}.{kind}".replace("/", "_")
+            path = directory / f"{plain(prefix + name)}.{kind}"
             save(one.figure, path)
             yield path

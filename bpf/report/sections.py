@@ -1,9 +1,10 @@
 """The sections of a report on one experiment: which numbers and figures it has, or one sentence why not."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,8 +15,8 @@ from bpf.errors import BpfError
 from bpf.experiment import Experiment
 from bpf.grid import expand
 from bpf.plan import Row
-from bpf.report import figures, tables
-from bpf.report.figures import Palette
+from bpf.report import comparing, drawing, figures, tables
+from bpf.report.drawing import Palette
 from bpf.results import Ranked, rank, winners
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ class Block:
     def objective(self) -> str:
         return self.experiment.grid.objective
 
-    @property
+    @cached_property
     def rules(self) -> list[str]:
         return tables.rules_of(self.rows)
 
-    @property
+    @cached_property
     def varying(self) -> list[str]:
         return tables.varying(self.rows)
 
@@ -96,7 +97,12 @@ class Block:
         return f"{SCORES[score]} ({unit})"
 
     def draw(self, name: str, caption: str, draw: "Callable[[], Figure]") -> Drawn:
-        return Drawn(f"{self.name}-{name}", caption, figures.styled(draw))
+        return Drawn(plain(f"{self.name}-{name}"), caption, drawing.styled(draw))
+
+
+def plain(name: str) -> str:
+    """A name for a file and an id, whatever rules, trackers and experiments are called."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def block(name: str, experiment: Experiment, palette: Palette | None = None) -> Block:
@@ -136,7 +142,11 @@ def sections(block: Block) -> Iterator[Section]:
 
 def run(block: Block) -> Section:
     spec = block.experiment.grid
-    counts = [f"{len(block.rows)} cells", f"{spec.executions_per_trial} executions each", f"{spec.epochs} epochs"]
+    counts = [
+        _count(len(block.rows), "cell"),
+        f"{_count(spec.executions_per_trial, 'execution')} each",
+        _count(spec.epochs, "epoch"),
+    ]
     unfinished = sum(one.open for one in tables.coverage(block.rows))
     notes = []
     if unfinished:
@@ -162,7 +172,7 @@ def ranking(block: Block) -> Section:
     found = [Table(*_ranked(block, block.best), "The best cell of each rule.", words=0)]
     if len(block.ranked) > len(block.best):
         top = block.ranked[:TOP]
-        of = f"The best {len(top)} of {len(block.ranked)} complete cells; `bpf export` has all of them."
+        of = f"The best {len(top)} of {len(block.ranked)} complete cells; bpf export has all of them."
         found.append(Table(*_ranked(block, top), of, words=0))
     return Section("ranking", "Ranking", [note], found)
 
@@ -184,7 +194,7 @@ def pairs(block: Block) -> Section:
     title = "Rule against rule at equal settings"
     if len(block.rules) < 2:
         return Section("pairs", title, ["There is one rule only."])
-    found = tables.compare(block.rows)
+    found = comparing.compare(block.rows)
     if not found:
         return Section("pairs", title, ["No two rules have a complete cell at the same setting."])
     test = block.test_score
@@ -212,7 +222,7 @@ def pairs(block: Block) -> Section:
     return Section("pairs", title, [how], [Table(head, lines, note)])
 
 
-def _difference(name: str, difference: tables.Difference | None) -> tuple[str, str]:
+def _difference(name: str, difference: comparing.Difference | None) -> tuple[str, str]:
     if difference is None:
         return "–", "–"
     scale, digits = (100, "+.2f") if name.endswith("error") else (1, "+.4f")
@@ -282,10 +292,9 @@ def heat_maps(block: Block) -> Section:
             if len(tables.values_of(mine, row)) > len(tables.values_of(mine, column)):
                 row, column = column, row
             drawn.append(heat_map(block, rule, row, column))
-    notes = ["Those with the largest main effect, for each rule."] if drawn else [
-        "No rule has two parameters with several values and complete cells."
-    ]  # fmt: skip
-    return Section("maps", title, notes, figures=drawn)
+    if not drawn:
+        return Section("maps", title, ["No rule has two parameters with several values and complete cells."])
+    return Section("maps", title, ["Those with the largest main effect, for each rule."], figures=drawn)
 
 
 def main_effects(block: Block) -> Section:
@@ -334,18 +343,18 @@ def divergence(block: Block) -> Section:
     lost = sum(row.state == "diverged" for row in block.rows)
     if not lost:
         return Section("divergence", title, ["No cell has diverged."])
-    column = "lr"
     found = {}
     for rule in block.rules:
         mine = tables.of_rule(block.rows, rule)
-        others = [name for name in ("activation", "optimizer", "arch", "init") if name in tables.varying(mine)]
-        row = others[0] if others else "activation"
-        found[rule] = tables.divergence_map(mine, row, column)
+        others = [name for name in mine[0].params if name != "lr"]
+        varied = [name for name in ("activation", "optimizer", "arch", *others) if name in tables.varying(mine)]
+        if "lr" in mine[0].params and others:
+            row = next((name for name in varied if name != "lr"), others[0])
+            found[rule] = tables.divergence_map(mine, row, "lr")
     caption = "Diverged cells in % of those that ended, for each rule. A cell diverges with any of its executions."
     notes = [f"{lost} of {len(block.rows)} cells have diverged: a loss or a weight was not finite."]
-    return Section("divergence", title, notes, figures=[
-        block.draw("divergence", caption, partial(figures.divergence, found))
-    ])  # fmt: skip
+    drawn = [block.draw("divergence", caption, partial(figures.divergence, found))] if found else []
+    return Section("divergence", title, notes, figures=drawn)
 
 
 def coverage(block: Block) -> Section:
@@ -400,7 +409,7 @@ def costs(block: Block) -> Section:
     for one in found:
         paces = [_pace(seconds) for seconds in (one.median, one.fastest, one.slowest)]
         count = learned.get(one.rule)
-        lines.append([one.rule, *paces, duration(one.total), f"{count:,}" if count else "–", keeps.get(one.rule, "–")])
+        lines.append([one.rule, *paces, _time(one.total), f"{count:,}" if count else "–", keeps.get(one.rule, "–")])
     note = (
         "Time of one epoch of one execution, over complete cells and without trackers; runs that were trained "
         "together share their time equally, so structures and hardware matter as much as rules. Parameters: of the "
@@ -424,7 +433,9 @@ def provenance(block: Block) -> Section:
     kind = block.experiment.kind
     codes = {
         "To repeat it, in this order and in an empty directory": "\n".join(s["command"] for s in known["sessions"]),
-        "All settings as they were resolved": yaml.safe_dump(known["spec"], sort_keys=False, allow_unicode=True),
+        "All settings as they were resolved, as a file for --spec": yaml.safe_dump(
+            _for_a_file(known["spec"]), sort_keys=False, allow_unicode=True
+        ),
     }
     started = Table(["start", "versions", "git", "hardware"], lines, words=4)
     about = Table(["", ""], [["kind", f"bpf {kind}"], *facts], words=2)
@@ -453,6 +464,12 @@ def across(blocks: Sequence[Block]) -> Section:
     return Section("across", "The experiments side by side", tables=[Table(head, lines, note)])
 
 
+def _for_a_file(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Without an imbalance factor that means nothing, which a spec refuses."""
+    skewed = spec["skew_type"] != ["none"]
+    return {name: value for name, value in spec.items() if name != "imbalance_factor" or skewed}
+
+
 def _commit(name: str, git: Mapping[str, Any] | None) -> str:
     if not git:
         return ""
@@ -464,11 +481,17 @@ def _pace(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
 def _fraction(value: float) -> str:
     return "all" if value in (0, 1) else f"{100 * value:g} %"
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-

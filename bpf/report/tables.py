@@ -13,9 +13,6 @@ from typing import Any
 from bpf.plan import OPEN, Row, Value
 from bpf.results import Spread
 
-CONFIDENCE = 0.95
-
-Point = tuple[float, float]
 Series = tuple[Sequence[float], Sequence[float | None]]
 """The epochs of measurements, and their values; None where one was not finite."""
 
@@ -30,36 +27,6 @@ class Coverage:
     diverged: int
     failed: int
     open: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences and its confidence interval, None where there is one pair only.
-
-    `count` pairs of `over`: settings (each a mean over seeds), or the seeds of the only setting.
-    """
-
-    mean: float
-    interval: tuple[float, float] | None
-    count: int
-    over: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`first` minus `second` at equal settings: of the objective, and of the test scores by name.
-
-    `wins` counts the settings where `first` has the lower objective; `unmatched` those where only one of the two
-    rules has a complete cell.
-    """
-
-    first: str
-    second: str
-    settings: int
-    wins: int
-    unmatched: int
-    objective: Difference
-    test: dict[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -137,8 +104,9 @@ def coverage(rows: Sequence[Row]) -> list[Coverage]:
     counted = []
     for rule in rules_of(rows):
         states = [row.state for row in of_rule(rows, rule)]
-        ends = (states.count(state) for state in ("complete", "diverged", "failed"))
-        counted.append(Coverage(rule, len(states), *ends, open=sum(state in OPEN for state in states)))
+        complete, diverged, failed = (states.count(state) for state in ("complete", "diverged", "failed"))
+        unfinished = sum(state in OPEN for state in states)
+        counted.append(Coverage(rule, len(states), complete, diverged, failed, unfinished))
     return counted
 
 
@@ -156,93 +124,6 @@ def varying(rows: Iterable[Row]) -> list[str]:
         for name, value in row.params.items():
             seen.setdefault(name, set()).add(value)
     return [name for name, values in seen.items() if len(values) > 1]
-
-
-def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Every pair of rules with a setting where both have a complete cell.
-
-    A setting is a value of each parameter that both rules have, but for the learning rate. Within it a rule is
-    represented by the cell with its best objective, over learning rates and what only this rule has. The
-    differences of a setting are paired by seed, and averaged over the seeds that both cells have.
-    """
-    best = [(rule, _complete(of_rule(rows, rule))) for rule in rules_of(rows)]
-    pairs = (_compare(*first, *second) for first, second in itertools.combinations(best, 2))
-    return [pair for pair in pairs if pair is not None]
-
-
-def shared(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
-    """The parameters that make a setting for `compare`."""
-    return [name for name in first[0].params if name in second[0].params and name != "lr"] if first and second else []
-
-
-def _compare(first: str, mine: list[Row], second: str, theirs: list[Row]) -> Comparison | None:
-    names = shared(mine, theirs)
-    a, b = _best_by(mine, names), _best_by(theirs, names)
-    pairs = [(a[setting], b[setting]) for setting in a if setting in b]
-    objectives = [found for one, other in pairs if (found := _paired(one, other, _objective))]
-    if not objectives:
-        return None
-    scores: dict[str, Difference] = {}
-    for name in ("error", "loss"):
-        by_setting = [_paired(one, other, lambda run, name=name: _test(run, name)) for one, other in pairs]
-        if any(by_setting):
-            scores[name] = _difference([values for values in by_setting if values])
-    wins = sum(statistics.fmean(values) < 0 for values in objectives)
-    unmatched = len(a.keys() | b.keys()) - len(objectives)
-    return Comparison(first, second, len(objectives), wins, unmatched, _difference(objectives), scores)
-
-
-def _best_by(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Value, ...], Row]:
-    best: dict[tuple[Value, ...], Row] = {}
-    for row in rows:
-        setting = tuple(row.params[name] for name in names)
-        if setting not in best or _value(row) < _value(best[setting]):
-            best[setting] = row
-    return best
-
-
-def _paired(first: Row, second: Row, score: Any) -> list[float]:
-    """Differences of the executions with the same seed, where both have the score."""
-    mine, theirs = ({run["seed"]: score(run) for run in _executions(row)} for row in (first, second))
-    both = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
-    return [a - b for a, b in both if a is not None and b is not None]
-
-
-def _difference(by_setting: list[list[float]]) -> Difference:
-    if len(by_setting) == 1:
-        values, over = by_setting[0], "seeds"
-    else:
-        values, over = [statistics.fmean(setting) for setting in by_setting], "settings"
-    return Difference(statistics.fmean(values), t_interval(values), len(values), over)
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's t interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    half = student(len(values) - 1, confidence) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def student(freedom: int, confidence: float) -> float:
-    """The t with P(|T| < t) = `confidence` for Student's distribution with `freedom` ≥ 1 degrees of freedom."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| < √freedom tan angle): Abramowitz and Stegun 1964, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def band(series: Sequence[Series]) -> Band | None:
@@ -290,7 +171,7 @@ def levels(rows: Sequence[Row], parameter: str) -> list[Level]:
     found = []
     for value in values_of(rows, parameter):
         there = [row for row in rows if row.params.get(parameter) == value]
-        scores = [_value(row) for row in _complete(there)]
+        scores = [objective_of(row) for row in complete(there)]
         best, median = (min(scores), statistics.median(scores)) if scores else (None, None)
         found.append(Level(value, best, median, len(scores), _count(there, "diverged")))
     return found
@@ -305,7 +186,7 @@ def effects(rows: Sequence[Row]) -> list[Effect]:
     ended = [row for row in rows if row.state in ("complete", "diverged")]
     if len(ended) < 2:
         return []
-    scores = [_value(row) if row.state == "complete" else math.inf for row in ended]
+    scores = [objective_of(row) if row.state == "complete" else math.inf for row in ended]
     places = _places(scores)
     found = []
     for parameter in varying(ended):
@@ -331,7 +212,7 @@ def _places(scores: Sequence[float]) -> list[float]:
 
 def best_map(rows: Sequence[Row], row: str, column: str) -> Map:
     """The best objective over all other parameters, by two parameters of one rule."""
-    return _map(rows, row, column, lambda there: min((_value(one) for one in _complete(there)), default=None))
+    return _map(rows, row, column, lambda there: min((objective_of(one) for one in complete(there)), default=None))
 
 
 def divergence_map(rows: Sequence[Row], row: str, column: str) -> Map:
@@ -360,8 +241,8 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
         mine = of_rule(rows, rule)
         paces = [
             (run["seconds"] - run.get("tracking_seconds", 0.0)) / run["epochs"]
-            for row in _complete(mine)
-            for run in _executions(row)
+            for row in complete(mine)
+            for run in executions(row)
         ]
         if paces:
             total = sum(row.result.get("seconds") or 0.0 for row in mine if row.result)
@@ -369,7 +250,7 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
     return found
 
 
-def _complete(rows: Iterable[Row]) -> list[Row]:
+def complete(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.state == "complete" and row.value is not None and row.result is not None]
 
 
@@ -377,22 +258,12 @@ def _count(rows: Iterable[Row], state: str) -> int:
     return sum(row.state == state for row in rows)
 
 
-def _value(row: Row) -> float:
+def objective_of(row: Row) -> float:
     assert row.value is not None
     return row.value
 
 
-def _executions(row: Row) -> list[dict[str, Any]]:
+def executions(row: Row) -> list[dict[str, Any]]:
     assert row.result is not None
     executions: list[dict[str, Any]] = row.result["executions"]
     return executions
-
-
-def _objective(run: Mapping[str, Any]) -> float | None:
-    value: float | None = run["objective"]
-    return value
-
-
-def _test(run: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = (run["test"] or {}).get(name)
-    return value

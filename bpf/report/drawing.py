@@ -1,0 +1,247 @@
+"""How a report's figures look, and how they are written: as files, and as parts of a page.
+
+Each rule has its own colour, line and marker in every figure; backpropagation, the control, has that of the text.
+matplotlib is imported in functions only.
+"""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpf import console
+from bpf.extras import need
+from bpf.files import write_atomically
+from bpf.report.tables import Band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 3.5
+INK = "#000000"
+MISSING = "#99999955"
+WRITTEN = 8
+"""More columns of a map than these have no room for numbers."""
+FULL, HALF = 46, 20
+"""Letters that fit below an axis of the whole and of half the width."""
+
+# Okabe and Ito 2008, without its yellow, which is not seen on white.
+_FIXED = {"bp": INK, "dfa": "#0072B2", "drtp": "#D55E00", "ll-cce": "#009E73", "ll-mse": "#CC79A7"}
+_OTHERS = ("#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+_MARKERS = "osD^vPX*<>"
+
+_STYLE = {
+    "font.size": 7.5,
+    "font.family": "DejaVu Sans",
+    "axes.labelsize": 7.5,
+    "axes.titlesize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+}
+
+
+class Palette:
+    """How each rule is drawn: fixed for the built-in ones, in the order of their names for the others."""
+
+    def __init__(self, rules: Sequence[str]) -> None:
+        others = sorted(set(rules) - set(_FIXED))
+        order = [*_FIXED, *others]
+        colours = [*_FIXED.values(), *itertools.islice(itertools.cycle(_OTHERS), len(others))]
+        self._looks = {
+            rule: {"color": colour, "linestyle": LINES[i % len(LINES)], "marker": _MARKERS[i % len(_MARKERS)]}
+            for i, (rule, colour) in enumerate(zip(order, colours, strict=True))
+        }
+
+    def line(self, rule: str) -> dict[str, Any]:
+        return {**self._looks[rule], "marker": ""}
+
+    def points(self, rule: str) -> dict[str, Any]:
+        return self._looks[rule]
+
+    def colour(self, rule: str) -> str:
+        return str(self._looks[rule]["color"])
+
+
+def check() -> None:
+    """Raises UsageError if the figures cannot be drawn here."""
+    need("matplotlib", "A report", "matplotlib", "report")
+
+
+def styled(draw: "Callable[[], Figure]") -> "Figure":
+    """Draw in the style of the report."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        return draw()
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as its name's ending says: on white for png, with nothing behind it for svg and pdf."""
+    kind = path.suffix[1:]
+    look = {"dpi": 300, "facecolor": "white"} if kind == "png" else {"transparent": True}
+    write_atomically(path, lambda file: file.write(_bytes(figure, kind, **look)))
+
+
+def inline_svg(figure: "Figure", name: str) -> str:
+    """A figure as an element of a page: its text is text, black is the page's own colour, and no id is met twice.
+
+    `name` must be unique in the page.
+    """
+    text = _bytes(figure, "svg", transparent=True).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\bid=\"", f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r"href=\"#", f'href="#{name}-', text)
+    text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    # matplotlib leaves out the fill of black text and paths, as black is what SVG would take
+    text = re.sub(r"<svg [^>]*viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" role="img" fill="currentColor">', text)
+    return text.strip()
+
+
+def _bytes(figure: "Figure", kind: str, **look: Any) -> bytes:
+    import matplotlib
+
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same numbers make the same files
+    target = io.BytesIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "bpf"}):
+        figure.savefig(target, format=kind, metadata=dated.get(kind), **look)
+    return target.getvalue()
+
+
+def blank(height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def one(height: float) -> "tuple[Figure, Axes]":
+    figure = blank(height)
+    return figure, figure.subplots()
+
+
+def panels(count: int, height: float, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
+    """Two panels a line, each `height` inches high."""
+    columns = min(2, count)
+    lines = -(-count // columns)
+    figure = blank(height * lines + 0.3)
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=sharey).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
+def shade(axes: "Axes", band: Band, colour: Any, scale: float = 1.0) -> None:
+    """Mean ± std; on a logarithmic axis down to its end where the std is larger than the mean."""
+    if band.std is None:
+        return
+    bottom = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
+    ends = [(mean * scale, std * scale) for mean, std in zip(band.mean, band.std, strict=True)]
+    low = [max(mean - std, bottom) for mean, std in ends]
+    axes.fill_between(band.x, low, [mean + std for mean, std in ends], color=colour, alpha=0.18, linewidth=0)
+
+
+def legend(figure: "Figure", *panels: "Axes") -> None:
+    """Above the axes, so that it covers no data; each label once."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if len(handles) > 1:
+        fitting = max(1, int(72 * WIDTH / (23 + 4.3 * max(map(len, handles)))))
+        lines = -(-len(handles) // fitting)
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper center",
+            ncols=-(-len(handles) // lines),
+            handlelength=1.9,
+            handletextpad=0.4,
+            columnspacing=0.9,
+        )
+
+
+def words(axes: "Axes", values: Sequence[Any], room: int, shift: float = 0.0) -> None:
+    """Ticks that are words, turned where the axis has no room for so many letters."""
+    words = [word(value) for value in values]
+    crowded = sum(map(len, words)) + 1.5 * len(words) > room
+    turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks([index + shift for index in range(len(words))], words, **turned)
+
+
+def ticks_at(axes: "Axes", values: Sequence[float], label: str) -> None:
+    """The axis of a parameter with ticks at its own values, logarithmic where these are."""
+    from matplotlib.ticker import NullLocator
+
+    if values[0] > 0 and values[-1] / values[0] > 5:
+        axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    kept = values if len(values) <= 6 else values[:: -(-len(values) // 6)]
+    axes.set_xticks(kept, [word(value) for value in kept])
+    axes.set_xlabel(label)
+
+
+def log_if_wide(axes: "Axes", values: Sequence[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
+        axes.set_yscale("log")
+        # the band below the smallest mean would stretch a logarithmic axis down without end
+        axes.set_ylim(bottom=min(finite) / 1.6)
+    plain(axes.yaxis)
+
+
+def plain(axis: Any) -> None:
+    """Numbers as they are written in the tables, and not so many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log":
+        decades = math.log10(high / low)
+        subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def word(value: Any) -> str:
+    """A parameter's value as in the tables, but for `1e-5` in place of `1e-05`."""
+    return _brief(console.word(value))
+
+
+def short(value: float) -> str:
+    """Three digits, such as 0.0123, 1230 and 1.2e5."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return _brief(f"{value:.1e}".replace(".0e", "e"))
+
+
+def _brief(text: str) -> str:
+    return re.sub(r"(?<=\d)e([+-])0*", lambda found: f"e{found[1].strip('+')}", text)

@@ -1,0 +1,527 @@
+"""The report: its numbers against ones worked out by hand, its figures, and its page in a browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bpf import cli
+from bpf.errors import UsageError
+from bpf.experiment import open_experiment
+from bpf.plan import Row
+from bpf.report import comparing, report, tables
+from bpf.report.drawing import Palette, short, word
+
+SECTIONS = [
+    "run", "ranking", "pairs", "curves", "lr", "maps", "effects", "alignment", "divergence", "coverage", "images",
+    "costs", "provenance",
+]  # fmt: skip
+
+
+def cell(rule, objectives, *, state="complete", tests=None, seeds=None, seconds=2.0, epochs=4, **params):
+    """A row with one execution per objective; test errors are `tests` or the objectives."""
+    runs = [
+        {
+            "seed": seed,
+            "status": "complete",
+            "epochs": epochs,
+            "best_epoch": epochs,
+            "objective": value,
+            "test": {"loss": value, "error": test},
+            "seconds": seconds,
+        }
+        for seed, value, test in zip(
+            seeds or range(len(objectives)), objectives, tests or objectives or [], strict=True
+        )
+    ]
+    ended = state in ("complete", "diverged")
+    return Row(
+        key="-".join([rule, *map(str, params.values())]),
+        rule=rule,
+        structure="",
+        params=params,
+        spec={},
+        ordinal=0,
+        name="a-name",
+        state=state,
+        cohort=None,
+        owner=None,
+        attempt=1,
+        trial_id=None,
+        trial_number=None,
+        value=sum(objectives) / len(objectives) if state == "complete" else None,
+        result={"executions": runs, "seconds": seconds * len(runs)} if ended else None,
+        error=None,
+        cause=None,
+        kills=0,
+        reached=0,
+        max_runs=None,
+    )
+
+
+# Numbers
+
+
+def test_coverage_counts_what_became_of_each_rules_cells():
+    rows = [
+        cell("bp", [1.0], lr=0.1),
+        cell("bp", [], state="diverged", lr=1.0),
+        cell("dfa", [], state="failed", lr=0.1),
+        cell("dfa", [], state="running", lr=1.0),
+        cell("dfa", [], state="pending", lr=2.0),
+        cell("dfa", [], state="interrupted", lr=3.0),
+    ]
+    assert tables.coverage(rows) == [tables.Coverage("bp", 2, 1, 1, 0, 0), tables.Coverage("dfa", 4, 0, 0, 1, 3)]
+
+
+def test_rules_are_compared_by_their_best_cells_at_equal_settings_paired_by_seed():
+    rows = [
+        # 20 units: bp's best is at lr 0.1, dfa's with lecun at lr 0.2; only seeds 1 and 2 are in both
+        cell("bp", [0.50, 0.60, 0.70], tests=[0.10, 0.11, 0.12], lr=0.1, arch="20"),
+        cell("bp", [0.90, 0.90, 0.90], lr=0.2, arch="20"),
+        cell("dfa", [0.95, 0.95], seeds=[1, 2], lr=0.1, bw_init="ortho", arch="20"),
+        cell("dfa", [0.70, 0.90], tests=[0.15, 0.18], seeds=[1, 2], lr=0.2, bw_init="lecun", arch="20"),
+        # 30 units
+        cell("bp", [0.40, 0.40], tests=[0.20, 0.20], lr=0.1, arch="30"),
+        cell("dfa", [0.30, 0.40], tests=[0.21, 0.23], lr=0.1, bw_init="ortho", arch="30"),
+        # 40 units: no partner
+        cell("bp", [0.10, 0.10], lr=0.1, arch="40"),
+        cell("dfa", [], state="diverged", lr=0.1, bw_init="ortho", arch="40"),
+    ]
+    (found,) = comparing.compare(rows)
+    # objective: mean of (0.60 - 0.70, 0.70 - 0.90) = -0.15, and of (0.1, 0) = 0.05
+    assert (found.first, found.second, found.settings, found.wins, found.unmatched) == ("bp", "dfa", 2, 1, 1)
+    assert found.objective.mean == pytest.approx(-0.05)
+    assert (found.objective.count, found.objective.over) == (2, "settings")
+    half = 12.706204736 * 0.1 * math.sqrt(2) / math.sqrt(2)  # t(1) * std / sqrt(n); std of -0.15 and 0.05 is 0.1 √2
+    assert found.objective.interval == pytest.approx((-0.05 - half, -0.05 + half))
+    # test error: mean of (0.11 - 0.15, 0.12 - 0.18) = -0.05, and of (-0.01, -0.03) = -0.02
+    assert found.test["error"].mean == pytest.approx(-0.035)
+
+
+def test_with_one_setting_the_interval_is_over_seeds():
+    rows = [cell("bp", [0.1, 0.2, 0.3], lr=0.1, arch="20"), cell("dfa", [0.2, 0.4, 0.6], lr=0.1, arch="20")]
+    (found,) = comparing.compare(rows)
+    # differences -0.1, -0.2, -0.3: std 0.1
+    half = 4.302652730 * 0.1 / math.sqrt(3)
+    assert (found.objective.count, found.objective.over) == (3, "seeds")
+    assert found.objective.interval == pytest.approx((-0.2 - half, -0.2 + half))
+
+
+def test_a_single_pair_has_no_interval():
+    rows = [cell("bp", [0.1], lr=0.1, arch="20"), cell("dfa", [0.3], lr=0.1, arch="20")]
+    (found,) = comparing.compare(rows)
+    assert found.objective == comparing.Difference(pytest.approx(-0.2), None, 1, "seeds")
+
+
+def test_rules_without_a_common_setting_are_not_compared():
+    relu = cell("bp", [0.1], lr=0.1, activation="relu")
+    assert comparing.compare([relu, cell("drtp", [0.3], lr=0.1, activation="tanh")]) == []
+    assert comparing.compare([relu, cell("dfa", [0.2], seeds=[7], lr=0.1, activation="relu")]) == []
+    assert comparing.compare([relu]) == []
+    assert comparing.compare([]) == []
+    assert comparing.compare([relu, cell("dfa", [], state="pending", lr=0.1, activation="relu")]) == []
+
+
+def test_rules_are_not_chosen_by_their_test_scores():
+    rows = [
+        cell("bp", [0.2], tests=[0.9], lr=0.1, arch="20"),
+        cell("bp", [0.3], tests=[0.0], lr=0.2, arch="20"),
+        cell("dfa", [0.4], tests=[0.5], lr=0.1, arch="20"),
+    ]
+    (found,) = comparing.compare(rows)
+    assert found.test["error"].mean == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"),
+    [
+        (1, 12.7062047362),
+        (2, 4.3026527297),
+        (3, 3.1824463053),
+        (4, 2.7764451052),
+        (5, 2.5705818356),
+        (30, 2.0422724563),
+    ],
+)
+def test_students_quantiles_are_those_of_the_tables(freedom, t):
+    assert comparing.student(freedom, 0.95) == pytest.approx(t, rel=1e-9)
+
+
+def test_students_distribution_becomes_the_normal_one():
+    assert comparing.student(1_000_001, 0.95) == pytest.approx(1.959964, rel=1e-5)
+    assert comparing.student(5, 0.99) == pytest.approx(4.0321429836, rel=1e-9)
+
+
+def test_a_band_is_mean_and_sample_deviation_over_executions():
+    band = tables.band([((1, 2, 3), [1.0, 2.0, 9.0]), ((1, 2), [3.0, None])])
+    assert band == tables.Band([1, 2], [2.0, 2.0], [pytest.approx(math.sqrt(2)), 0.0], cut=True)
+    assert tables.band([(range(1, 3), [1.0, 2.0])]) == tables.Band([1, 2], [1.0, 2.0], None)
+    assert tables.band([]) is None
+    empty = tables.band([((1,), [None]), ((1,), [None])])
+    assert math.isnan(empty.mean[0])
+    assert math.isnan(empty.std[0])
+
+
+def test_curves_are_those_of_complete_executions():
+    records = [
+        {"status": "complete", "history": {"loss": [3.0, 2.0]}},
+        {"status": "diverged", "history": {"loss": [3.0, None]}},
+    ]
+    assert [(list(x), y) for x, y in tables.curves(records, "loss")] == [([1, 2], [3.0, 2.0])]
+    assert tables.curves(records, "val_loss") == []
+
+
+def test_measurements_are_found_where_they_are_kept_now_and_where_they_were():
+    new = {"step": [0, 5], "epoch": [0.0, 0.5], "bp_cosine/layer.0": [0.1, 0.2], "weights/weight.0": [1.0, 2.0]}
+    records = [
+        {"status": "complete", "history": {"loss": [1.0]}, "tracked": new},
+        {"status": "complete", "history": {"loss": [1.0, 1.0], "bp_cosine/layer.0": [0.3, 0.4]}},
+    ]
+    found = tables.tracked(records)
+    assert list(found) == ["bp_cosine", "weights"]
+    series = [(list(x), y) for x, y in found["bp_cosine"]["layer.0"]]
+    assert series == [([0.0, 0.5], [0.1, 0.2]), ([1, 2], [0.3, 0.4])]
+
+
+def test_levels_are_best_and_median_over_all_other_parameters():
+    rows = [
+        cell("bp", [0.3], lr=0.1, arch="1"),
+        cell("bp", [0.1], lr=0.1, arch="2"),
+        cell("bp", [0.2], lr=0.1, arch="3"),
+        cell("bp", [0.5], lr=0.01, arch="1"),
+        cell("bp", [], state="diverged", lr=1.0, arch="1"),
+        cell("bp", [], state="pending", lr=2.0, arch="1"),
+    ]
+    assert tables.levels(rows, "lr") == [
+        tables.Level(0.01, 0.5, 0.5, 1, 0),
+        tables.Level(0.1, 0.1, 0.2, 3, 0),
+        tables.Level(1.0, None, None, 0, 1),
+        tables.Level(2.0, None, None, 0, 0),
+    ]
+    assert tables.levels(rows, "none") == []
+
+
+def test_effects_are_mean_places_with_ties_shared_and_diverged_cells_last():
+    rows = [
+        cell("dfa", [0.1], lr=0.1, act="tanh"),  # place 0 of 4
+        cell("dfa", [0.2], lr=0.1, act="relu"),  # 1 and 2, shared: 1.5
+        cell("dfa", [0.2], lr=0.2, act="tanh"),
+        cell("dfa", [0.3], lr=0.2, act="relu"),  # 3
+        cell("dfa", [], state="diverged", lr=1.0, act="relu"),  # 4
+        cell("dfa", [], state="failed", lr=1.0, act="tanh"),
+    ]
+    lr, act = tables.effects(rows)
+    assert (lr.parameter, lr.places) == ("lr", {0.1: 0.1875, 0.2: 0.5625, 1.0: 1.0})
+    assert lr.size == 0.8125
+    assert (act.parameter, act.places) == ("act", {"tanh": 0.1875, "relu": pytest.approx((1.5 + 3 + 4) / 4 / 3)})
+    assert tables.effects(rows[:1]) == []
+
+
+def test_maps_have_the_best_value_and_the_diverged_fraction_of_each_place():
+    rows = [
+        cell("dfa", [0.4], lr=0.1, act="tanh", arch="1"),
+        cell("dfa", [0.2], lr=0.1, act="tanh", arch="2"),
+        cell("dfa", [], state="diverged", lr=1.0, act="tanh", arch="1"),
+        cell("dfa", [0.9], lr=1.0, act="tanh", arch="2"),
+        cell("dfa", [], state="diverged", lr=1.0, act="relu", arch="1"),
+        cell("dfa", [], state="pending", lr=0.1, act="relu", arch="1"),
+    ]
+    best = tables.best_map(rows, "act", "lr")
+    assert (best.rows, best.columns) == (["tanh", "relu"], [0.1, 1.0])
+    assert best.values == [[0.2, 0.9], [None, None]]
+    assert best.counts == [[2, 2], [0, 1]]
+    assert tables.divergence_map(rows, "act", "lr").values == [[0.0, 0.5], [None, 1.0]]
+
+
+def test_costs_are_seconds_per_epoch_without_what_trackers_took():
+    tracking = cell("bp", [0.1], seconds=3.0, epochs=2, lr=0.1)
+    tracking.result["executions"][0]["tracking_seconds"] = 1.0
+    rows = [cell("bp", [0.1, 0.1], seconds=2.0, epochs=4, lr=0.2), tracking, cell("dfa", [], state="failed", lr=0.1)]
+    assert tables.costs(rows) == [tables.Cost("bp", 0.5, 0.5, 1.0, 7.0)]
+
+
+def test_values_are_in_order_and_parameters_vary_where_cells_differ():
+    rows = [cell("bp", [0.1], lr=1.0, act="tanh", bn=False), cell("dfa", [0.1], lr=0.1, act="relu", bn=False)]
+    assert tables.values_of(rows, "lr") == [0.1, 1.0]
+    assert tables.values_of(rows, "act") == ["tanh", "relu"]
+    assert tables.varying(rows) == ["lr", "act"]
+
+
+# Looks
+
+
+def test_each_rule_keeps_its_colour_whatever_stands_beside_it():
+    few, many = Palette(["dfa", "pepita"]), Palette(["pepita", "drtp", "bp", "dfa"])
+    assert few.points("dfa") == many.points("dfa")
+    assert few.points("pepita") == many.points("pepita")
+    assert few.colour("bp") == "#000000"
+    assert len({str(many.points(rule)) for rule in ("bp", "dfa", "drtp", "ll-cce", "ll-mse", "pepita")}) == 6
+    assert len({Palette([f"rule{i}" for i in range(20)]).colour(f"rule{i}") for i in range(20)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1234.5, "1234"), (123456.0, "1.2e5"), (1e-6, "1e-6")],
+)
+def test_numbers_in_figures_are_short(value, text):
+    assert short(value) == text
+
+
+def test_words_in_figures_are_those_of_the_tables():
+    assert [word(value) for value in (True, 1e-05, "100-100")] == ["yes", "1e-5", "100-100"]
+
+
+# The page
+
+GRID = "--arch 8,8-8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.2 --epochs 3 --workers 1 -q"
+
+
+def bpf_(*command):
+    with pytest.raises(SystemExit) as left:
+        cli.main([part for words in command for part in words.split()])
+    assert left.value.code in (0, None)
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory):
+    """A classification with trackers and a rule that is left out, a reconstruction, and one that diverges."""
+    place = tmp_path_factory.mktemp("experiments")
+    names = [str(place / name) for name in ("rules", "images", "lost")]
+    bpf_(
+        f"tune {names[0]} --dataset digits --algorithm bp,dfa,drtp --lr 0.001,0.01 --executions-per-trial 2 {GRID} "
+        "--tracker bp_cosine --tracker weight_alignment"
+    )
+    bpf_(
+        f"tune {names[1]} --dataset digits --problem-type reconstruction --algorithm bp,ll-mse --lr 0.001,0.01 "
+        f"--executions-per-trial 1 {GRID}"
+    )
+    bpf_(
+        f"tune {names[2]} --dataset digits --problem-type reconstruction --scaler identity --optimizer sgd "
+        f"--algorithm bp --lr 1e-6,10 --executions-per-trial 1 {GRID}".replace("tanh", "relu").replace(
+            "epochs 3", "epochs 20"
+        )
+    )
+    return [Path(name) for name in names]
+
+
+class Page(HTMLParser):
+    """What a page holds: its ids, what it refers to, and its text by section."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.references, self.svgs, self.text = [], [], 0, {}
+        self._section, self._skip = "", 0
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        known = dict(attributes)
+        self.ids += [known["id"]] if "id" in known else []
+        self.references += [value for name, value in attributes if name in ("href", "src", "xlink:href", "srcset")]
+        self.svgs += tag == "svg"
+        if tag == "section":
+            self._section = known["id"]
+        self._skip += tag in ("svg", "style")
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("svg", "style")
+
+    def handle_data(self, data):
+        if not self._skip:
+            self.text[self._section] = " ".join([self.text.get(self._section, ""), *data.split()]).strip()
+
+
+@pytest.fixture(scope="module")
+def page(experiments, tmp_path_factory):
+    output = tmp_path_factory.mktemp("page") / "all.html"
+    written = report([open_experiment(directory) for directory in experiments], output, "png")
+    return Page(output), written, output
+
+
+def test_a_page_has_every_section_of_every_experiment(page):
+    found, written, output = page
+    assert written[0] == output
+    for number in (1, 2, 3):
+        assert [name for name in SECTIONS if f"e{number}-{name}" not in found.text] == []
+    assert "all-across" in found.text
+    assert len(found.ids) == len(set(found.ids))
+
+
+def test_a_page_refers_to_nothing_outside_itself(page):
+    found, _, _ = page
+    inside = [value for value in found.references if value.startswith(("#", "data:"))]
+    assert found.references == inside
+    assert {value[1:] for value in inside if value.startswith("#")} <= set(found.ids)
+    assert not re.search(r"url\((?!#)|@import|<script", found.source)
+
+
+def test_figures_are_files_and_part_of_the_page(page):
+    found, written, output = page
+    files = written[1:]
+    assert found.svgs == len(files) > 15
+    assert all(path.parent == output.parent / "all-figures" for path in files)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+    assert {"rules-curves-loss.png", "rules-tracker-bp_cosine.png", "images-reconstructions.png"} <= {
+        path.name for path in files
+    }
+
+
+def test_figures_take_the_pages_colour_and_have_text(page):
+    found, _, _ = page
+    assert "currentColor" in found.source
+    assert "#000000" not in found.source
+    assert re.search(r"<text[^>]*>training loss \(nats\)</text>", found.source)
+
+
+def test_sections_without_data_say_why(page):
+    text = page[0].text
+    none = "No tracker was given: --tracker bp_cosine, --tracker weight_alignment."
+    assert text["e2-alignment"] == f"Alignment and other measurements over time {none}"
+    assert text["e1-divergence"] == "Divergence No cell has diverged."
+    assert text["e1-images"] == "Reconstructions The problem is classification: nothing is reconstructed."
+    assert text["e3-pairs"] == "Rule against rule at equal settings There is one rule only."
+
+
+def test_the_page_says_what_diverged(page):
+    assert "2 of 4 cells have diverged: a loss or a weight was not finite." in page[0].text["e3-divergence"]
+
+
+def test_the_ranking_is_that_of_the_objective(page, experiments, capsys):
+    capsys.readouterr()
+    bpf_(f"best {experiments[0]} --json")
+    best = json.loads(capsys.readouterr().out)[0]
+    first = f"1 {best['algorithm']} {best['objective']['mean']:.4f} ± {best['objective']['std']:.4f}"
+    first += f" {100 * best['test']['error']:.2f} ± {100 * best['test']['error_std']:.2f} %"
+    assert first in page[0].text["e1-ranking"]
+
+
+def test_the_command_and_the_settings_repeat_the_experiment(page, tmp_path, experiments, capsys):
+    text = page[0].source
+    settings = re.findall(r"as a file for --spec</summary><pre>(.*?)</pre>", text, re.DOTALL)[0]
+    file = tmp_path / "again.yaml"
+    file.write_text(settings.replace("&#39;", "'"))
+    assert yaml.safe_load(file.read_text())["algorithm"] == ["bp", "dfa", "drtp"]
+    capsys.readouterr()
+    bpf_(f"tune {experiments[0]} --spec {file} --dry-run")  # refuses other settings
+    assert "12 cells of 2 executions" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said_and_the_rest_is_shown(experiments, tmp_path):
+    """Without the models and the data set there are no reconstructions."""
+    shutil.copytree(experiments[1], tmp_path / "images")
+    here = open_experiment(tmp_path / "images")
+    (model,) = (here.files / "models" / "ll-mse").iterdir()
+    model.unlink()
+    report([here], tmp_path / "one.html")
+    assert f"ll-mse: its network {model} is not there" in Page(tmp_path / "one.html").text["e1-images"]
+    (model,) = (here.files / "models" / "bp").iterdir()
+    model.write_bytes(b"damaged")
+    report([here], tmp_path / "one.html")
+    text = Page(tmp_path / "one.html").text["e1-images"]
+    assert text.startswith("Reconstructions No network of a best cell can be read. bp: its network")
+    gone = here.grid.model_copy(update={"dataset": f"npz:{tmp_path}/gone.npz"})
+    report([replace(here, grid=gone)], tmp_path / "one.html")
+    assert "The data set cannot be read here: " in Page(tmp_path / "one.html").text["e1-images"]
+
+
+def test_an_experiment_without_a_complete_cell_has_a_report(tmp_path):
+    bpf_(f"tune {tmp_path}/ex --dataset digits --algorithm bp,dfa --lr 0.1,0.2 --plan-only {GRID}".replace("-q", ""))
+    report([open_experiment(tmp_path / "ex")], tmp_path / "page.html", "svg")
+    found = Page(tmp_path / "page.html")
+    assert found.svgs == 0
+    assert [name for name in SECTIONS if f"e1-{name}" not in found.text] == []
+    assert "8 of 8 cells are not finished yet: everything below is provisional." in found.text["e1-run"]
+    assert found.text["e1-ranking"] == "Ranking No cell is complete yet, so there is nothing to rank."
+    assert found.text["e1-coverage"].endswith("bp 4 0 0 0 4 dfa 4 0 0 0 4 Pending: not finished, or at work now.")
+
+
+def test_a_single_run_has_a_report(tmp_path):
+    bpf_(f"train {tmp_path}/one --dataset digits --algorithm dfa --arch 8 --epochs 2 --examples-frac 0.1 -q")
+    report([open_experiment(tmp_path / "one")], tmp_path / "page.html", "pdf")
+    found = Page(tmp_path / "page.html")
+    assert "1 cell, 1 execution each, 2 epochs" in found.text["e1-run"]
+    assert "One execution: no spread." in found.text["e1-ranking"]
+    assert (tmp_path / "page-figures" / "curves-loss.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_only_the_best_cells_histories_are_read(experiments, tmp_path, monkeypatch):
+    from bpf.study import Study
+
+    read = []
+    history = Study.history
+    monkeypatch.setattr(Study, "history", lambda study, key: read.append(key) or history(study, key))
+    report([open_experiment(experiments[0])], tmp_path / "page.html")
+    assert len(read) == 3
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    odd = tmp_path / "<script>alert(1)<i>&$x_1$"
+    with pytest.raises(SystemExit):
+        cli.main(["tune", str(odd), *f"--dataset digits --algorithm bp --lr 0.1,0.2 {GRID}".split()])
+    written = report([open_experiment(odd)] * 2, tmp_path / "page.html", "png")
+    found = Page(tmp_path / "page.html")
+    assert "<script" not in found.source
+    assert "<i>" not in found.source
+    assert {"e1-lr.png", "e2-lr.png"} < {path.name for path in written}
+    report([open_experiment(odd)], tmp_path / "page.html")
+    assert (
+        "<title>&lt;script&gt;alert(1)&lt;i&gt;&amp;$x_1$ · bpf report</title>" in (tmp_path / "page.html").read_text()
+    )
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UsageError) as refused:
+        report([], tmp_path / "page.html", "jpg")
+    assert str(refused.value) == "Figures are not written as 'jpg'. Did you mean 'png'?"
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError) as refused:
+        report([], tmp_path / "page.html")
+    assert str(refused.value) == "A report needs matplotlib: pip install 'bpf[report]'"
+
+
+# In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed: apt-get install chromium")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_a_browser_shows_the_page_without_a_request_or_an_error(page, tmp_path, width, dark):
+    """The page's own Content-Security-Policy forbids every request, and a browser tells of one on its console."""
+    _, _, output = page
+    picture = tmp_path / f"page-{width}.png"
+    shared = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--window-size={width},2000", "--virtual-time-budget=2000", f"--net-log={tmp_path / 'net.json'}",
+    ]  # fmt: skip
+    shot = browse(*shared, f"--screenshot={picture}", output.as_uri())
+    assert picture.stat().st_size > 20_000
+    shown = browse(*shared, "--dump-dom", output.as_uri())
+    for stderr in (shot.stderr, shown.stderr):
+        assert [line for line in stderr.splitlines() if "CONSOLE" in line] == []
+    assert [name for name in SECTIONS if f'id="e1-{name}"' not in shown.stdout] == []
+    assert brightness(picture) < 60 if dark else brightness(picture) > 200
+
+
+def browse(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def brightness(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("L").resize((1, 1)).getpixel((0, 0))
