@@ -344,7 +344,8 @@ def ranking(experiment: Experiment, top: int) -> Ranking:
 
 def _varying(study: Study) -> frozenset[str]:
     """The parameters with more than one value: what never changes says nothing in a table."""
-    return frozenset(axis.name for rule in study.rules() for axis in study.axes(rule) if len(axis.values) > 1)
+    names = {axis.name for rule in study.rules() for axis in study.axes(rule) if len(axis.values) > 1}
+    return frozenset(names | ({"lr"} if study.settings["spec"].get("lr_from") else set()))
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:

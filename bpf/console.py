@@ -13,7 +13,7 @@ from rich.table import Table
 from bpf.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
 from bpf.grid import Grid
 from bpf.plan import Row
-from bpf.results import Ranked, Spread
+from bpf.results import Ranked, Spread, parameters
 
 if TYPE_CHECKING:
     from bpf.api import Outset, Ranking
@@ -205,6 +205,15 @@ def show_results(ranking: "Ranking", objective: str) -> None:
         say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
 
 
+def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], objective: str) -> None:
+    """The best cell of each rule for each combination of some parameters, with its learning rate."""
+    if ranked:
+        shown = {*names, "lr"}
+        out.print(_table(f"The best by {objective} per {', '.join(names)}", ranked, shown, objective, test=False))
+    else:
+        say("No complete cell yet.")
+
+
 def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
@@ -222,7 +231,7 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
             *(plus_minus(name, entry.test[name]) for name in measured),
             *([] if test else [plus_minus(objective, entry.objective)]),
             "-".join(map(str, epochs)),
-            describe({name: value for name, value in entry.row.params.items() if name in names}),
+            describe({name: value for name, value in parameters(entry.row).items() if name in names}),
         )
     return table
 
@@ -299,6 +308,9 @@ def show_provenance(provenance: dict[str, Any]) -> None:
     for name in ("experiment", "name", "created", "storage", "checkpoints", "data_dir"):
         say(f"{name:<12}{provenance[name]}")
     say("spec")
+    for rate in provenance["spec"].pop("lr_from", ()):
+        setup = " ".join(f"{name}={word(value)}" for name, value in rate["params"].items())
+        say(f"  learning rate         {rate['lr']:g} for {rate['algorithm']} {setup}")
     for name, value in provenance["spec"].items():
         shown = ", ".join(map(word, value)) if isinstance(value, list) else word(value)
         say(f"  {name:<22}{shown or 'none'}")

@@ -57,6 +57,15 @@ def status(
 def best(
     directory: Directory = None,
     top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = TOP,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            help="Only the best cell of each rule for each combination of these parameters, such as arch,activation.",
+            metavar="NAME,...",
+            show_default=False,
+        ),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table, with --per.")] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,10 +73,32 @@ def best(
     from bpf import api, console
 
     experiment = opened(directory, storage)
-    if as_json:
+    if per is not None:
+        _best_per(experiment, [name.strip() for name in per.split(",")], as_csv, as_json)
+    elif as_csv:
+        raise UsageError("--csv is for --per; all cells are exported by `bpf export`.")
+    elif as_json:
         print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
     else:
         console.show_results(api.ranking(experiment, top), experiment.grid.objective)
+
+
+def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json: bool) -> None:
+    from bpf import api, console
+    from bpf.results import best_columns, best_per
+
+    found = best_per(api.rows(experiment), names)
+    columns = best_columns(found, names)
+    if as_json:
+        print_json(columns)
+    elif as_csv:
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, list(columns[0]) if columns else names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(columns)
+    else:
+        console.show_best_per(found, names, experiment.grid.objective)
 
 
 def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:

@@ -157,7 +157,7 @@ def test_students_quantiles_are_those_of_the_tables(freedom, t):
 
 
 def test_students_distribution_becomes_the_normal_one():
-    assert comparing.student(1_000_001, 0.95) == pytest.approx(1.959964, rel=1e-5)
+    assert comparing.student(10_001, 0.95) == pytest.approx(1.959964, rel=2e-4)
     assert comparing.student(5, 0.99) == pytest.approx(4.0321429836, rel=1e-9)
 
 
@@ -304,11 +304,10 @@ def experiments(tmp_path_factory):
         f"tune {names[1]} --dataset digits --problem-type reconstruction --algorithm bp,ll-mse --lr 0.001,0.01 "
         f"--executions-per-trial 1 {GRID}"
     )
+    wild = GRID.replace("tanh", "lrelu").replace("--epochs 3", "--epochs 20")
     bpf_(
         f"tune {names[2]} --dataset digits --problem-type reconstruction --scaler identity --optimizer sgd "
-        f"--algorithm bp --lr 1e-6,10 --executions-per-trial 1 {GRID}".replace("tanh", "relu").replace(
-            "epochs 3", "epochs 20"
-        )
+        f"--algorithm bp --lr 1e-6,0.1 --executions-per-trial 1 {wild}"
     )
     return [Path(name) for name in names]
 
@@ -472,10 +471,8 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert "<script" not in found.source
     assert "<i>" not in found.source
     assert {"e1-lr.png", "e2-lr.png"} < {path.name for path in written}
-    report([open_experiment(odd)], tmp_path / "page.html")
-    assert (
-        "<title>&lt;script&gt;alert(1)&lt;i&gt;&amp;$x_1$ · bpf report</title>" in (tmp_path / "page.html").read_text()
-    )
+    escaped = "&lt;script&gt;alert(1)&lt;i&gt;&amp;$x_1$"
+    assert f"<title>{escaped}, {escaped} · bpf report</title>" in found.source
 
 
 def test_an_unknown_format_is_refused(tmp_path):
