@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bpf import cli
+from bpf import api, cli
 from bpf.errors import UsageError
 from bpf.experiment import open_experiment
 from bpf.plan import Row
@@ -421,15 +421,28 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(experiments, tmp_path):
     (model,) = (here.files / "models" / "ll-mse").iterdir()
     model.unlink()
     report([here], tmp_path / "one.html")
-    assert f"ll-mse: its network {model} is not there" in Page(tmp_path / "one.html").text["e1-images"]
+    assert f"ll-mse: There is no model {model}" in Page(tmp_path / "one.html").text["e1-images"]
     (model,) = (here.files / "models" / "bp").iterdir()
     model.write_bytes(b"damaged")
     report([here], tmp_path / "one.html")
     text = Page(tmp_path / "one.html").text["e1-images"]
-    assert text.startswith("Reconstructions No network of a best cell can be read. bp: its network")
+    assert text.startswith(f"Reconstructions No network of a best cell can be read. bp: {model} ")
     gone = here.grid.model_copy(update={"dataset": f"npz:{tmp_path}/gone.npz"})
     report([replace(here, grid=gone)], tmp_path / "one.html")
     assert "The data set cannot be read here: " in Page(tmp_path / "one.html").text["e1-images"]
+
+
+def test_reconstructions_have_the_test_loss_that_training_reported(experiments, monkeypatch):
+    from bpf.report import images
+
+    here = open_experiment(experiments[1])
+    monkeypatch.setattr(images, "SHOWN", 360)  # all of them
+    best = [one.row for one in api.best(here) if one.row.rule == "ll-mse"][:1]
+    found = images.reconstruct(here, best)
+    pairs = zip(found.originals, found.by_rule["ll-mse"], strict=True)
+    squares = [((2 * (a - b)) ** 2).mean() for a, b in pairs]  # inputs are in -1..1, images in 0..1
+    assert len(squares) == 360
+    assert sum(squares) / 360 == pytest.approx(best[0].result["executions"][0]["test"]["loss"], rel=1e-4)
 
 
 def test_an_experiment_without_a_complete_cell_has_a_report(tmp_path):
