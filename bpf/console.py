@@ -244,7 +244,7 @@ def describe(params: dict[str, Any]) -> str:
 def plus_minus(name: str, spread: Spread) -> str:
     """`0.123 ± 0.004`; errors are shown in percent."""
     is_error = name.endswith("error")
-    scale, digits = (100, ".2f") if is_error else (1, ".4f" if spread.mean >= 0.001 else ".1e")
+    scale, digits = (100, ".2f") if is_error else (1, ".4f" if 0.001 <= abs(spread.mean) < 1e5 else ".1e")
     deviation = f" ± {spread.std * scale:{digits}}" if len(spread.values) > 1 else ""
     return f"{spread.mean * scale:{digits}}{deviation}{' %' if is_error else ''}"
 

@@ -190,7 +190,7 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The page [default: DIRECTORY/report/index.html].", metavar="FILE", show_default=False),
+        typer.Option(help="The page; by default DIRECTORY/report/index.html.", metavar="FILE", show_default=False),
     ] = None,
     figures: Annotated[
         str | None,
@@ -217,7 +217,7 @@ def tensorboard(
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="[default: the first free one from 6006 on]", show_default=False),
+        typer.Option(min=1, max=65535, help="By default the first free one from 6006 on.", show_default=False),
     ] = None,
     write_only: Annotated[
         bool, typer.Option("--write-only", help="Write the event files, and do not show them.")
@@ -257,12 +257,15 @@ Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/d
 def evaluate(
     model: Model,
     dataset: Annotated[
-        str | None, typer.Option(help="The data set [default: that of its run].", metavar="NAME", show_default=False)
+        str | None, typer.Option(help="The data set; by default that of its run.", metavar="NAME", show_default=False)
     ] = None,
     part: Annotated[str, typer.Option(help="Of the data set.", metavar="test|val|train")] = "test",
     data_dir: DataDir = Path("data"),
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images of folder:PATH.", metavar="N", show_default=False)
+        int | None,
+        typer.Option(
+            help="Side of the images of folder:PATH; by default that of the model.", metavar="N", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
