@@ -90,7 +90,7 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
 
 def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [shlex.split(c)[1:] for c in COMMANDS if c.split()[1] not in ("tune", "resume")]
-    known = {"status", "best", "train", "export", "show", "clean", "algorithms", "datasets"}
+    known = {"status", "best", "train", "report", "export", "show", "clean", "algorithms", "datasets"}
     assert {arguments[0] for arguments in others} == known
     others.sort(key=lambda arguments: arguments[0] != "train")  # status and best need an experiment
     for arguments in others:
@@ -112,7 +112,8 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
 def test_the_readmes_rule_is_a_rule() -> None:
     from bpf.algorithms import ProjectionRule
 
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [code] = [block for block in blocks if "ProjectionRule" in block]
     assert len(code.strip().splitlines()) == 5
     names: dict[str, Any] = {"ProjectionRule": ProjectionRule}
     exec(code, names)

@@ -454,6 +454,7 @@ def test_more_than_one_batch_is_summed_as_in_training(tmp_path):
 
 def test_evaluation_leaves_the_process_as_it_was(model, tmp_path):
     torch.set_num_threads(2)
+    torch.set_flush_denormal(False)  # a worker in this process may have set it
     evaluate(model, data_dir=tmp_path)
     assert torch.get_num_threads() == 2
     assert torch.is_grad_enabled()

@@ -273,8 +273,10 @@ def test_the_core_names_no_learning_rule():
         for file in sorted(CORE.rglob("*.py"))
         if file.parent.name != "algorithms" and (found := names_of_rules(file.read_text(encoding="utf-8"), names))
     }
-    # The control of the alignment trackers is backpropagation by definition.
-    assert named == {"trackers/alignment.py": {"bpf.algorithms.bp"}}
+    assert named == {
+        "trackers/alignment.py": {"bpf.algorithms.bp"},  # its control is backpropagation by definition
+        "report/drawing.py": {"bp", "dfa", "drtp", "ll-cce", "ll-mse"},  # the same colours in every figure
+    }
 
 
 @pytest.mark.parametrize(
