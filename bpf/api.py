@@ -239,7 +239,7 @@ class Outset:
             sum(tally.count for tally in left),
             sum(tally.cost for tally in left) * spec.executions_per_trial,
             best,
-            _varying(study),
+            study.varying(),
         )
 
 
@@ -339,13 +339,7 @@ def ranking(experiment: Experiment, top: int) -> Ranking:
         rules = study.rules()
         leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
         failed = study.rows(state="failed")[:1] if counts["failed"] else []
-        return Ranking(leaders[:top], winners(leaders), counts, _varying(study), failed[0] if failed else None)
-
-
-def _varying(study: Study) -> frozenset[str]:
-    """The parameters with more than one value: what never changes says nothing in a table."""
-    names = {axis.name for rule in study.rules() for axis in study.axes(rule) if len(axis.values) > 1}
-    return frozenset(names | ({"lr"} if study.settings["spec"].get("lr_from") else set()))
+        return Ranking(leaders[:top], winners(leaders), counts, study.varying(), failed[0] if failed else None)
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:
@@ -369,7 +363,11 @@ def train_report(experiment: Experiment) -> dict[str, Any]:
         "train": record["train"],
         "val": record["val"],
         "test": record["test"],
-        "seconds": {"total": record["seconds"], "per_epoch": record["seconds"] / record["epochs"]},
+        "seconds": {
+            "total": record["seconds"],
+            "per_epoch": record["seconds"] / record["epochs"],
+            "tracking": record.get("tracking_seconds", 0.0),
+        },
         "samples_per_second": result["examples"] * record["epochs"] / record["seconds"],
     }
 

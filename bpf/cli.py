@@ -119,20 +119,14 @@ def tune(
     effort = _effort(workers, None, checkpoint_every, max_hours)
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
-    directory, earlier = handover.phase_directory(_new(directory), grid.objective)
-    if lr_from is not None or (grid.awaits_rates and earlier is not None):
-        from bpf.experiment import open_experiment
-
-        taken = handover.resolve(grid, open_experiment(lr_from or earlier or directory))
-        grid = taken.grid
-        if not (quiet or as_json):
-            for line in taken.lines():
-                console.say(line)
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
+    directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place)
+    if taken is not None and not (quiet or as_json):
+        console.show_taken(taken)
     experiment = api.open_tune(directory, grid, data_dir, place)
     planned = api.plan(experiment)
     if as_json and dry_run:
-        print_json(planned.as_json())
+        print_json(planned.as_json() | {"handed_over": taken.as_json() if taken else None})
     elif not as_json and (dry_run or not quiet):
         console.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
     if plan_only and not dry_run:

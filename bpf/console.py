@@ -13,10 +13,11 @@ from rich.table import Table
 from bpf.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
 from bpf.grid import Grid
 from bpf.plan import Row
-from bpf.results import Ranked, Spread, parameters
+from bpf.results import Ranked, Spread, tracking_share
 
 if TYPE_CHECKING:
     from bpf.api import Outset, Ranking
+    from bpf.handover import Taken
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -181,6 +182,12 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         say(f"left out: {left.cells} cells of {left.rule} ({left.reason})")
 
 
+def show_taken(taken: "Taken") -> None:
+    """Which learning rates a second phase has, and from where."""
+    for line in taken.lines():
+        say(line)
+
+
 def show_results(ranking: "Ranking", objective: str) -> None:
     """The ranked cells, and each rule's winner on the test set."""
     counts = ranking.counts
@@ -199,9 +206,12 @@ def show_results(ranking: "Ranking", objective: str) -> None:
     spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
     others = [f"{counts[state]} {state}" for state in ("diverged", "failed") if counts[state]]
     say(f"{spread}; {counts['complete']} cells complete{''.join(f', {o}' for o in others)}.")
+    share = tracking_share({entry.row.key: entry.row for entry in (*ranking.top, *ranking.winners)}.values())
+    if share is not None:
+        say(f"trackers took {percent(share)} of the training time of these cells.")
     if ranking.failure:
         last = (ranking.failure.error or "").strip().splitlines()[-1]
-        varying = {name: value for name, value in ranking.failure.params.items() if name in ranking.varying}
+        varying = {name: value for name, value in ranking.failure.chosen.items() if name in ranking.varying}
         say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
 
 
@@ -231,7 +241,7 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
             *(plus_minus(name, entry.test[name]) for name in measured),
             *([] if test else [plus_minus(objective, entry.objective)]),
             "-".join(map(str, epochs)),
-            describe({name: value for name, value in parameters(entry.row).items() if name in names}),
+            describe({name: value for name, value in entry.row.chosen.items() if name in names}),
         )
     return table
 
@@ -257,6 +267,10 @@ def word(value: Any) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def duration(seconds: float) -> str:
@@ -298,7 +312,7 @@ def _now(state: str) -> str:
 def show_failures(rows: Sequence[Row]) -> None:
     """The tracebacks of failed cells."""
     for row in rows:
-        say(f"{row.name}: {row.rule} {describe(row.params)}\n{row.error}")
+        say(f"{row.name}: {row.rule} {describe(row.chosen)}\n{row.error}")
     if not rows:
         say("No cell has failed.")
 
@@ -375,6 +389,8 @@ def show_run(report: dict[str, Any]) -> None:
     seconds, speed = report["seconds"]["per_epoch"], report["samples_per_second"]
     run = f"{report['algorithm']} on {report['dataset']}, seed {report['seed']}, {report['device']}"
     pace = f"{report['epochs']} epochs, {seconds:.2f} s an epoch, {speed:,.0f} examples/s"
+    if report["seconds"]["tracking"]:
+        pace += f", trackers {percent(report['seconds']['tracking'] / report['seconds']['total'])}"
     say(f"{run}: {report['status']} after {pace}")
     for part in ("train", "val", "test"):
         scores = report[part]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ IDLE_SECONDS = 30
 _NETWORK_FILE_SYSTEMS = {
     *("afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs")
 }
+_SILENCE = logging.NullHandler()
 _SECRETS = ("password", "sslpassword")
 _DISK_FULL = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}
 
@@ -190,6 +192,8 @@ def _open_file(path: Path, reading: bool) -> sqlite3.Connection:
 def _open_server(url: sa.URL) -> Any:
     import psycopg
 
+    # What it has to say of a connection that is lost follows as an error; only for who asks for its log is it more.
+    logging.getLogger("psycopg").addHandler(_SILENCE)
     options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
     defaults = {"connect_timeout": 10, "tcp_user_timeout": 30_000, "application_name": "bpf", "options": options}
     given = url.get_dialect()().create_connect_args(url)[1]

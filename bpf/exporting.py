@@ -40,7 +40,7 @@ _RUN_OUTCOME: Columns = {"status": str, "best_epoch": int, "test_loss": float, "
 _RESULTS: Columns = {
     **{"state": str, "cause": str, "objective": float, "objective_std": float},
     **{"test_loss": float, "test_loss_std": float, "test_error": float, "test_error_std": float},
-    **{"executions": int, "seconds": float},
+    **{"executions": int, "seconds": float, "tracking_seconds": float},
 }
 
 
@@ -110,12 +110,16 @@ def file_name(rule: str) -> str:
 
 
 def parameters(study: Study, rules: Sequence[str]) -> Columns:
-    """The parameters of the rules with the type that suits all of their values, in the order of the first rule."""
+    """The parameters of the rules with the type that suits all of their values, in the order of the first rule.
+
+    Last a learning rate that was handed over.
+    """
     values: dict[str, list[Any]] = {}
     for rule in rules:
         for axis in study.axes(rule):
             values.setdefault(axis.name, []).extend(axis.values)
-    return {name: _kind(known) for name, known in values.items()}
+    handed_over = {"lr": float} if study.settings["spec"].get("lr_from") else {}
+    return {name: _kind(known) for name, known in values.items()} | handed_over
 
 
 def typed(value: Any, kind: type) -> Any:
@@ -229,7 +233,7 @@ def _rules(study: Study) -> list[str]:
 
 
 def _cell(row: Row) -> Record:
-    return {"cell": row.name, "key": row.key, "algorithm": row.rule, **row.params}
+    return {"cell": row.name, "key": row.key, "algorithm": row.rule, **row.chosen}
 
 
 def _kind(values: Sequence[Any]) -> type:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpf.errors import UsageError
-from bpf.experiment import Experiment, load_rules, open_experiment
+from bpf.experiment import Experiment, Place, load_rules, open_experiment
 from bpf.fields import build
 from bpf.grid import Holes, expand, run_fields, setup, setups, words
 from bpf.plan import OPEN, Row, Value
@@ -115,6 +115,20 @@ class Taken:
             "missing": [one.as_json() for one in self.missing],
             "differences": self.differences,
         }
+
+
+def begin(directory: Path, grid: GridSpec, lr_from: Path | None, place: Place) -> tuple[Path, GridSpec, Taken | None]:
+    """Where a grid search in `directory` goes, its grid, and what it took over if it is a second phase.
+
+    Learning rates come from `lr_from` or else, if the grid has none, from the earlier phase that is found (see
+    `phase_directory`). `place` is that of the grid search; it may know the password of the earlier one's database.
+    """
+    directory, earlier = phase_directory(directory, grid.objective)
+    if lr_from is None and not (grid.awaits_rates and earlier):
+        return directory, grid, None
+    source = open_experiment(lr_from or earlier or directory, Place(place.storage, usual=True))
+    taken = resolve(grid, source)
+    return directory, taken.grid, taken
 
 
 def phase_directory(directory: Path, objective: str) -> tuple[Path, Path | None]:

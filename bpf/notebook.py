@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf import api, console, exporting
+from bpf import api, console, exporting, handover
 from bpf.experiment import Experiment, Place, open_experiment
 from bpf.extras import need
 from bpf.fields import build
@@ -74,6 +74,7 @@ def tune(
     spec: GridLike,
     directory: str | Path,
     *,
+    lr_from: str | Path | None = None,
     data_dir: str | Path = "data",
     workers: int | None = None,
     max_hours: float | None = None,
@@ -82,13 +83,17 @@ def tune(
 ) -> Opened:
     """Run a grid search in worker processes, or go on with it, and return the experiment.
 
-    `spec` has the fields of a spec file. Raises UsageError for a mistake in it, and Interrupted when it was stopped;
-    the same call again goes on. In a script, call it below `if __name__ == "__main__":`, like everything that starts
-    processes.
+    `spec` has the fields of a spec file. With a `val_*` objective and no learning rate it takes those of the earlier
+    phase, as `bpf tune` does: from `lr_from`, or from `directory`, and then lies in a directory inside it. Raises
+    UsageError for a mistake, and Interrupted when it was stopped; the same call again goes on. In a script, call it
+    below `if __name__ == "__main__":`, like everything that starts processes.
     """
     grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
     place = Place(keep_checkpoints=keep_checkpoints)
-    experiment = api.open_tune(Path(directory), grid, Path(data_dir), place)
+    where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
+    experiment = api.open_tune(where, grid, Path(data_dir), place)
+    if taken is not None and not quiet:
+        console.show_taken(taken)
     return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
 
 

@@ -42,6 +42,12 @@ class Cell:
     spec: dict[str, Any]
     cost: float = field(default=0.0, kw_only=True)
 
+    @property
+    def chosen(self) -> dict[str, Value]:
+        """What makes the cell, for a person: `params`, and a learning rate that is none as it was handed over."""
+        handed_over = "lr" not in self.params and "lr" in self.spec
+        return self.params | {"lr": self.spec["lr"]} if handed_over else self.params
+
 
 @dataclass(frozen=True)
 class Row(Cell):

@@ -1,12 +1,12 @@
 """What came out of an experiment: ranked cells, counts and times, as plain values for tables and JSON."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bpf.errors import UsageError, did_you_mean
-from bpf.plan import Row, Value
+from bpf.plan import Row
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ranked:
         return {
             "cell": self.row.name,
             "algorithm": self.row.rule,
-            "params": parameters(self.row),
+            "params": self.row.chosen,
             "objective": {
                 "name": objective,
                 "mean": self.objective.mean,
@@ -50,12 +50,6 @@ class Ranked:
             "best_epochs": self.best_epochs,
             "test": test,
         }
-
-
-def parameters(row: Row) -> dict[str, Value]:
-    """A cell's tunable parameters, also a learning rate that is no parameter of the grid as it was handed over."""
-    handed_over = "lr" not in row.params and "lr" in row.spec
-    return row.params | {"lr": row.spec["lr"]} if handed_over else row.params
 
 
 def rank(rows: Sequence[Row]) -> list[Ranked]:
@@ -78,20 +72,19 @@ def best_per(rows: Sequence[Row], names: Sequence[str]) -> list[Ranked]:
     A rule that has no such parameter counts as one without a value of it; combinations without a complete cell are
     not there. Raises UsageError for a name that is no parameter of any rule.
     """
-    known = {"algorithm": None} | {name: None for row in rows for name in parameters(row)}
+    known = {"algorithm": None} | {name: None for row in rows for name in row.chosen}
     for name in names:
         if rows and name not in known:
             raise UsageError(f"{name!r} is no parameter of this grid.{did_you_mean(name, known)}")
     first: dict[tuple[Any, ...], Ranked] = {}
     for entry in rank(rows):
-        params = parameters(entry.row)
-        first.setdefault((entry.row.rule, *map(params.get, names)), entry)
+        first.setdefault((entry.row.rule, *map(entry.row.chosen.get, names)), entry)
     return list(first.values())
 
 
 def best_columns(ranked: Sequence[Ranked], names: Sequence[str]) -> list[dict[str, Any]]:
     """What `best_per` found for `names` as flat records of the same columns, these parameters first."""
-    params = [parameters(entry.row) for entry in ranked]
+    params = [entry.row.chosen for entry in ranked]
     columns = dict.fromkeys([name for name in names if name != "algorithm"])
     columns |= dict.fromkeys(name for one in params for name in one)
     return [
@@ -102,9 +95,25 @@ def best_columns(ranked: Sequence[Ranked], names: Sequence[str]) -> list[dict[st
     ]
 
 
-def _ranked(row: Row) -> Ranked:
+def tracking_share(rows: Iterable[Row]) -> float | None:
+    """Which part of the time that these cells' finished executions took went to trackers; None without trackers."""
+    rows = [row for row in rows if row.done]
+    tracking = sum(sum(_tracking(row)) for row in rows)
+    return tracking / sum(run["seconds"] for row in rows for run in _executions(row)) if tracking else None
+
+
+def _tracking(row: Row) -> list[float]:
+    return [run.get("tracking_seconds", 0.0) for run in _executions(row)]
+
+
+def _executions(row: Row) -> list[dict[str, Any]]:
     assert row.result is not None
-    executions = row.result["executions"]
+    executions: list[dict[str, Any]] = row.result["executions"]
+    return executions
+
+
+def _ranked(row: Row) -> Ranked:
+    executions = _executions(row)
     test: dict[str, Spread] = {}
     for name in ("loss", "error"):
         scores: list[dict[str, float | None]] = [execution["test"] for execution in executions]
@@ -124,6 +133,7 @@ def result_columns(row: Row) -> dict[str, Any]:
     columns: dict[str, Any] = {"state": row.state, "cause": row.cause, "objective": row.value, "objective_std": None}
     columns |= {f"test_{name}{end}": None for name in ("loss", "error") for end in ("", "_std")}
     columns |= {"executions": row.done, "seconds": row.result.get("seconds") if row.result else None}
+    columns["tracking_seconds"] = sum(_tracking(row)) if row.done else None
     if row.state == "complete" and row.result is not None:
         ranked = _ranked(row)
         columns["objective_std"] = ranked.objective.std

@@ -392,6 +392,11 @@ class Study:
             raise UsageError(f"No learning rule {rule!r} in {self.experiment!r}." + did_you_mean(rule, stored))
         return stored[rule][1]
 
+    def varying(self) -> frozenset[str]:
+        """The parameters with more than one value: what never changes says nothing in a table."""
+        names = {axis.name for rule in self.rules() for axis in self.axes(rule) if len(axis.values) > 1}
+        return frozenset(names | ({"lr"} if self.settings["spec"].get("lr_from") else set()))
+
     def search_space(self, rule: str) -> dict[str, list[Value]]:
         """What `optuna.samplers.GridSampler` needs to read the rule's Optuna study as its own grid."""
         return {axis.name: list(axis.values) for axis in self.axes(rule)}

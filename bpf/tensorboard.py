@@ -50,8 +50,7 @@ def write(experiment: Experiment, directory: Path) -> int:
     with closing(experiment.open_study(reading=True)) as study:
         rules = study.settings["spec"]["algorithm"]
         columns: Columns = {"algorithm": str, **parameters(study, rules)}
-        several = {axis.name for rule in rules for axis in study.axes(rule) if len(axis.values) > 1}
-        several |= {"algorithm"} if len(rules) > 1 else set()
+        several = study.varying() | ({"algorithm"} if len(rules) > 1 else set())
         events.write(directory / FILE, [events.at((0.0, 0), [events.grid(columns, several)])])
         for rule in rules:
             best = study.best(rule)
@@ -171,7 +170,7 @@ def _trial(
     events: _Events, row: Row, columns: Columns, records: Sequence[Mapping[str, Any]], weights: Mapping[str, Any]
 ) -> Iterator[Any]:
     """The events of one trial, in the order of its epochs."""
-    cell = {"algorithm": row.rule, **row.params}
+    cell = {"algorithm": row.rule, **row.chosen}
     given = {name: typed(cell.get(name), kind) for name, kind in columns.items()}
     yield events.at((0.0, 0), [events.trial(row.name, {name: v for name, v in given.items() if v is not None})])
 

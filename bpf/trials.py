@@ -182,11 +182,12 @@ class Trials:
         if row.rule not in self._grids or self._grids[row.rule][0] != space:
             self._grids[row.rule] = space, _grid_ids(space)
         point = tuple(row.params[name] for name in sorted(space))
+        handed_over = {name: value for name, value in row.chosen.items() if name not in row.params}
         return optuna.create_trial(
             state=TrialState.RUNNING,
             params=dict(row.params),
             distributions={axis.name: _distribution(axis) for axis in axes},
-            user_attrs={"name": row.name, "cell": row.key, "attempt": row.attempt},
+            user_attrs={"name": row.name, "cell": row.key, "attempt": row.attempt} | handed_over,
             system_attrs={"search_space": space, "grid_id": self._grids[row.rule][1][point]},
         )
 

@@ -39,7 +39,7 @@ def status(
                     {
                         "cell": row.name,
                         "algorithm": row.rule,
-                        "params": row.params,
+                        "params": row.chosen,
                         "cause": row.cause,
                         "error": row.error,
                     }
@@ -196,6 +196,16 @@ def report(
         str | None,
         typer.Option(help="Write the figures as files, too.", metavar="png|svg|pdf", show_default=False),
     ] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            help="A heat map of these two parameters for each rule, such as arch,lr; may be repeated. By default of "
+            "the two that matter most.",
+            metavar="ROW,COLUMN",
+            show_default=False,
+        ),
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     storage: Storage = None,
 ) -> None:
@@ -204,10 +214,17 @@ def report(
 
     experiments = _several(directories, storage)
     page = output or experiments[0].directory / "report" / "index.html"
-    for path in write(experiments, page, figures):
+    for path in write(experiments, page, figures, [_pair(one) for one in maps or ()]):
         typer.echo(path)
     if open_:
         typer.launch(str(page))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    row, _, column = (name.strip() for name in text.partition(","))
+    if not row or not column or "," in column or row == column:
+        raise UsageError(f"--map {text}: give two different parameters, such as arch,lr.")
+    return row, column
 
 
 def tensorboard(

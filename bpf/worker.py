@@ -281,7 +281,7 @@ class Worker:
 
     def _tell_ended(self, row: Row, state: str, value: float | None) -> None:
         self.tell(
-            Ended(row.key, row.name, row.rule, row.params, state, value, row.cost * (self._executions - row.done))
+            Ended(row.key, row.name, row.rule, row.chosen, state, value, row.cost * (self._executions - row.done))
         )
 
     def _discard_checkpoint(self, claim: Claim) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -188,12 +189,30 @@ def test_the_report_of_a_run(bpf_: Bpf) -> None:
     assert (report["status"], report["dataset"], report["algorithm"]) == ("complete", "digits", "dfa")
     assert (report["seed"], report["device"], report["epochs"]) == (3, "cpu", 2)
     assert set(report["train"]) == set(report["val"]) == set(report["test"]) == scores
-    assert set(report["seconds"]) == {"total", "per_epoch"}
+    assert set(report["seconds"]) == {"total", "per_epoch", "tracking"}
+    assert report["seconds"]["tracking"] == 0
     assert report["seconds"]["per_epoch"] == report["seconds"]["total"] / 2
     assert report["samples_per_second"] > 0
     again = bpf_(f"{RUN} --seed 3 --json").json
     assert again == report
     assert bpf_("resume one --json").json == report
+
+
+def test_what_trackers_cost_is_told(bpf_: Bpf) -> None:
+    report = bpf_(f"{RUN} --tracker bp_cosine --json").json
+    tracking, total = report["seconds"]["tracking"], report["seconds"]["total"]
+    assert 0 < tracking < total
+    assert re.search(
+        rf"examples/s, trackers {100 * tracking / total:.1f} %$", bpf_(RUN + " --tracker bp_cosine").out, re.M
+    )
+    grid = bpf_(f"{GRID} --lr 0.1,0.2 --tracker bp_cosine").out
+    told = re.search(r"trackers took (\d+\.\d) % of the training time of these cells\.", grid)
+    assert told
+    assert 0 < float(told[1]) < 100
+    rows = bpf_("export ex --format json").json
+    assert len(rows) > 1
+    assert all(0 < row["tracking_seconds"] < row["seconds"] for row in rows)
+    assert "trackers" not in bpf_(f"{GRID.replace('ex', 'bare', 1)} --lr 0.1").out
 
 
 def test_a_run_without_validation_and_classes(bpf_: Bpf) -> None:
@@ -257,6 +276,7 @@ def test_a_dry_run_writes_nothing(bpf_: Bpf, work: Path) -> None:
     planned = bpf_(f"{command} --json").json
     assert planned.pop("cohorts") >= 1
     assert planned == {
+        "handed_over": None,
         "cells": 64,
         "by_algorithm": {"dfa": 48, "drtp": 16},
         "left_out": [

@@ -1,5 +1,7 @@
 """Two phases: learning rates are found by loss, and dropout is tuned with them on held-out images."""
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from optuna.samplers import GridSampler
 
+import bpf as package
 from bpf import api, cli
 from bpf.errors import UsageError
 from bpf.experiment import Experiment, find, open_experiment, prepare
@@ -479,6 +482,39 @@ def test_a_learning_rate_that_was_handed_over_is_shown(bpf: Callable[..., str]) 
     for entry, record in zip(ranked, best_columns(ranked, ["arch"]), strict=True):
         assert record["lr"] == entry.as_json("val_loss")["params"]["lr"] == best[entry.row.rule, record["arch"]]
     assert len(best_per(rows("ex/val_loss"), ["lr"])) >= 2
+
+    exported = list(csv.DictReader(io.StringIO(bpf("export ex/val_loss"))))
+    assert {(one["algorithm"], one["arch"], float(one["lr"])) for one in exported} == {(*at, best[at]) for at in best}
+    assert all("lr" in record for record in json.loads(bpf("export ex/val_loss --what history --format json")))
+    assert "arch=8 dropout=0 lr=" in " ".join(bpf("best ex/val_loss").split())
+    storage = "sqlite:///ex/val_loss/study.db"
+    for summary in optuna.get_all_study_summaries(storage):
+        for trial in optuna.load_study(study_name=summary.study_name, storage=storage).trials:
+            lr = best[summary.study_name.rpartition("/")[2], trial.params["arch"]]
+            assert trial.user_attrs["lr"] == lr
+            assert "lr" not in trial.params
+
+
+def test_scripts_are_told_what_was_handed_over(bpf: Callable[..., str]) -> None:
+    bpf(f"{FIRST} {RATES}")
+    told = json.loads(bpf(f"{SECOND} --dry-run --json"))
+    assert told["cells"] == 8
+    taken = told["handed_over"]
+    assert (taken["source"], taken["objective"], taken["missing"]) == ("ex", "loss", [])
+    best = winners("ex")
+    assert {(one["algorithm"], one["params"]["arch"]): one["lr"] for one in taken["handed"]} == best
+    assert json.loads(bpf(f"{FIRST} {RATES} --dry-run --json"))["handed_over"] is None
+
+
+def test_python_has_two_phases_too(bpf: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    first = grid(objective="loss", dropout="0", lr="0.0001,0.01")
+    package.tune(first, "mine", workers=1, quiet=True)
+    second = package.tune(grid(), "mine", workers=1)
+    assert second.directory == Path("mine/val_loss")
+    assert "4 learning rates from mine:" in capsys.readouterr().out
+    assert {(one.rule, one.params["arch"]): one.spec["lr"] for one in rows("mine/val_loss")} == winners("mine")
+    named = package.tune(grid(), "other", lr_from="mine", workers=1, quiet=True)
+    assert list(named.results().lr) == list(second.results().lr)
 
 
 def test_combinations_without_a_complete_cell_are_not_there(

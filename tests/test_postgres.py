@@ -394,6 +394,20 @@ def test_two_that_find_no_tables_do_not_both_make_them(url: str) -> None:
 
 # A server that fails
 
+COMPLAINING_CHILD = """
+    import logging, sys
+    from bpf.study import Study
+
+    Study.open(sys.argv[1]).close()
+    logging.getLogger("psycopg").warning("error ignored terminating the connection")
+"""
+
+
+def test_what_the_driver_logs_is_not_printed(postgres_url: str, child: Any) -> None:
+    planned(postgres_url, [many(2)]).close()
+    assert child(COMPLAINING_CHILD, postgres_url).end() == []
+
+
 BUSY_CHILD = """
     import sys
     from bpf import study as studies

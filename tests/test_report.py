@@ -1,24 +1,26 @@
 """The report: its numbers against ones worked out by hand, its figures, and its page in a browser."""
 
+import itertools
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bpf import api, cli
 from bpf.errors import UsageError
 from bpf.experiment import open_experiment
 from bpf.plan import Row
-from bpf.report import comparing, report, tables
+from bpf.report import comparing, memory, report, tables
 from bpf.report.drawing import Palette, short, word
+from browser import check_page
 
 SECTIONS = [
     "run", "ranking", "pairs", "curves", "lr", "maps", "effects", "alignment", "divergence", "coverage", "images",
@@ -246,7 +248,7 @@ def test_costs_are_seconds_per_epoch_without_what_trackers_took():
     tracking = cell("bp", [0.1], seconds=3.0, epochs=2, lr=0.1)
     tracking.result["executions"][0]["tracking_seconds"] = 1.0
     rows = [cell("bp", [0.1, 0.1], seconds=2.0, epochs=4, lr=0.2), tracking, cell("dfa", [], state="failed", lr=0.1)]
-    assert tables.costs(rows) == [tables.Cost("bp", 0.5, 0.5, 1.0, 7.0)]
+    assert tables.costs(rows) == [tables.Cost("bp", 0.5, 0.5, 1.0, 7.0, 1 / 7)]
 
 
 def test_values_are_in_order_and_parameters_vary_where_cells_differ():
@@ -488,6 +490,66 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert f"<title>{escaped}, {escaped} · bpf report</title>" in found.source
 
 
+def test_any_two_parameters_make_a_map(experiments, tmp_path, capsys):
+    output = tmp_path / "page.html"
+    bpf_(f"report {experiments[0]} --output {output} --figures svg --map lr,activation --map bw_init,lr")
+    found = Page(output)
+    names = {path.name for path in (tmp_path / "page-figures").glob("map-*")}
+    assert names == {
+        *(f"map-{rule}-lr-activation.svg" for rule in ("bp", "dfa", "drtp")),
+        *(f"map-{rule}-bw_init-lr.svg" for rule in ("dfa", "drtp")),
+    }
+    text = found.text["e1-maps"]
+    assert "bp has no complete cell with bw_init and lr." in text
+    assert "dfa: best training loss (nats) over all other parameters, by bw_init and lr." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("lr,act", "'act' is no parameter of the grid in {directory}. Did you mean 'activation'?"),
+        ("lr,skew_type", "'skew_type' is no parameter of the grid in {directory}. Did you mean 'skew'?"),
+        ("lr", "--map lr: give two different parameters, such as arch,lr."),
+        ("lr,lr", "--map lr,lr: give two different parameters, such as arch,lr."),
+        ("lr,arch,lr", "--map lr,arch,lr: give two different parameters, such as arch,lr."),
+    ],
+)
+def test_maps_that_cannot_be_are_refused(experiments, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["report", str(experiments[0]), "--output", str(tmp_path / "page.html"), "--map", words])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"Error: {message.format(directory=experiments[0])}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_that_of_the_tensors(experiments):
+    here = open_experiment(experiments[0])
+    best = {one.row.rule: one.row for one in reversed(api.best(here))}
+    found = {rule: memory.of_cell(here, row) for rule, row in best.items()}
+    for rule, one in found.items():
+        sizes = [64, *map(int, best[rule].params["arch"].split("-")), 10]
+        weights, biases = sum(a * b for a, b in itertools.pairwise(sizes)), sum(sizes[1:])
+        assert one.parameters == weights + biases
+        feedback = sum(sizes[1:-1]) * 10 if rule != "bp" else 0
+        steps = 2 * (len(sizes) - 1)  # Adam counts them for each parameter
+        assert one.kept == 4 * (4 * one.parameters + feedback + steps)
+        activations = 4 * best[rule].spec["batch_size"] * sum(sizes[1:])
+        assert activations <= one.step < 10 * activations
+
+
+def test_a_meter_counts_what_is_alive_at_the_same_time():
+    with memory._Meter() as meter:
+        first = torch.zeros(1000)
+        second = first + 1
+        part = second[:10]
+        del second  # its memory is still that of `part`
+        third = torch.ones(1000)
+        third.add_(first)
+        del first, part
+        torch.zeros(500)
+    assert meter.peak == 3 * 4000
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(UsageError) as refused:
         report([], tmp_path / "page.html", "jpg")
@@ -503,35 +565,8 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 # In a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
-
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed: apt-get install chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_a_browser_shows_the_page_without_a_request_or_an_error(page, tmp_path, width, dark):
-    """The page's own Content-Security-Policy forbids every request, and a browser tells of one on its console."""
-    _, _, output = page
-    picture = tmp_path / f"page-{width}.png"
-    shared = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        f"--window-size={width},2000", "--virtual-time-budget=2000", f"--net-log={tmp_path / 'net.json'}",
-    ]  # fmt: skip
-    shot = browse(*shared, f"--screenshot={picture}", output.as_uri())
-    assert picture.stat().st_size > 20_000
-    shown = browse(*shared, "--dump-dom", output.as_uri())
-    for stderr in (shot.stderr, shown.stderr):
-        assert [line for line in stderr.splitlines() if "CONSOLE" in line] == []
-    assert [name for name in SECTIONS if f'id="e1-{name}"' not in shown.stdout] == []
-    assert brightness(picture) < 60 if dark else brightness(picture) > 200
-
-
-def browse(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
-def brightness(path):
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("L").resize((1, 1)).getpixel((0, 0))
+    shown = check_page(page[2], "report", width, dark, tmp_path / "profile")
+    assert [name for name in SECTIONS if f'id="e1-{name}"' not in shown] == []

@@ -33,14 +33,6 @@ class Reconstructions:
     missing: list[str]
 
 
-def parameter_count(experiment: Experiment, row: Row) -> int | None:
-    """How many numbers the network of a cell has learned; None where its model is not there or cannot be read."""
-    try:
-        return int(models.info(_path(experiment, row))["parameters"])
-    except UsageError:
-        return None
-
-
 @torch.no_grad()
 def reconstruct(experiment: Experiment, best: Iterable[Row]) -> Reconstructions:
     """What the best network of each rule makes of the first test images. Raises BpfError without the data set."""

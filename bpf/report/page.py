@@ -9,15 +9,18 @@ from bpf import __version__
 from bpf.experiment import Experiment
 from bpf.extras import need
 from bpf.files import write_text
+from bpf.report.block import Block, Section, block, plain
 from bpf.report.drawing import Palette, inline_svg, save
-from bpf.report.sections import Block, Section, across, block, plain, sections
+from bpf.report.sections import across, sections
 
 
-def write(experiments: Sequence[Experiment], output: Path, figures: str | None) -> list[Path]:
+def write(
+    experiments: Sequence[Experiment], output: Path, figures: str | None, maps: Sequence[tuple[str, str]]
+) -> list[Path]:
     """See `bpf.report.report`."""
     need("jinja2", "A report", "jinja2", "report")
     palette = Palette([rule for experiment in experiments for rule in experiment.grid.algorithm])
-    blocks = [block(f"e{number}", one, palette) for number, one in enumerate(experiments, 1)]
+    blocks = [block(f"e{number}", one, palette, maps) for number, one in enumerate(experiments, 1)]
     written = [output]
     groups: list[dict[str, Any]] = []
     if len(blocks) > 1:

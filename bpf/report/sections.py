@@ -1,121 +1,21 @@
 """The sections of a report on one experiment: which numbers and figures it has, or one sentence why not."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import yaml
 
 from bpf import api
-from bpf.console import describe, duration, plus_minus, word
+from bpf.console import describe, duration, percent, plus_minus, word
 from bpf.errors import BpfError
-from bpf.experiment import Experiment
 from bpf.grid import expand
-from bpf.plan import Row
-from bpf.report import comparing, drawing, figures, tables
-from bpf.report.drawing import Palette
-from bpf.results import Ranked, rank, winners
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from bpf.report import comparing, figures, tables
+from bpf.report.block import SCORES, Block, Drawn, Section, Table
+from bpf.results import Ranked
 
 TOP = 15
-SCORES = {
-    "loss": "training loss",
-    "val_loss": "validation loss",
-    "error": "training error",
-    "val_error": "validation error",
-}
-UNITS = {"ce": "nats", "bce": "nats per output", "mse": "squared error"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are text; those after `words` columns are numbers, set to the right."""
-
-    head: list[str]
-    lines: list[list[str]]
-    note: str = ""
-    words: int = 1
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure; `name` is unique in the page and names its file."""
-
-    name: str
-    caption: str
-    figure: "Figure"
-
-
-@dataclass(frozen=True)
-class Section:
-    """`notes` are sentences above tables and figures; `codes` are blocks of text to copy, by what they are."""
-
-    name: str
-    title: str
-    notes: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figures: list[Drawn] = field(default_factory=list)
-    codes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Block:
-    """What a report knows of one experiment; `histories` are those of each rule's best cell."""
-
-    name: str
-    experiment: Experiment
-    rows: list[Row]
-    ranked: list[Ranked]
-    best: list[Ranked]
-    histories: dict[str, list[dict[str, Any]]]
-    palette: Palette
-
-    @property
-    def objective(self) -> str:
-        return self.experiment.grid.objective
-
-    @cached_property
-    def rules(self) -> list[str]:
-        return tables.rules_of(self.rows)
-
-    @cached_property
-    def varying(self) -> list[str]:
-        return tables.varying(self.rows)
-
-    @property
-    def test_score(self) -> str:
-        return "error" if self.experiment.grid.problem_type == "classification" else "loss"
-
-    def label(self, score: str) -> str:
-        """What a score is called on an axis, with its unit."""
-        unit = "%" if score.endswith("error") else UNITS[self.experiment.grid.resolved_loss]
-        return f"{SCORES[score]} ({unit})"
-
-    def draw(self, name: str, caption: str, draw: "Callable[[], Figure]") -> Drawn:
-        return Drawn(plain(f"{self.name}-{name}"), caption, drawing.styled(draw))
-
-
-def plain(name: str) -> str:
-    """A name for a file and an id, whatever rules, trackers and experiments are called."""
-    return re.sub(r"[^\w.-]", "_", name)
-
-
-def block(name: str, experiment: Experiment, palette: Palette | None = None) -> Block:
-    """Read an experiment: all of its cells, and the histories of each rule's best one."""
-    with closing(experiment.open_study(reading=True)) as study:
-        rows = study.rows()
-        ranked = rank(rows)
-        best = winners(ranked)
-        keys = {one.row.rule: one.row.key for one in best}
-        order = [rule for rule in tables.rules_of(rows) if rule in keys]
-        histories = {rule: study.history(keys[rule]) or [] for rule in order}
-    palette = palette or Palette(tables.rules_of(rows))
-    return Block(name, experiment, rows, ranked, best, histories, palette)
 
 
 def sections(block: Block) -> Iterator[Section]:
@@ -160,6 +60,8 @@ def run(block: Block) -> Section:
     ]
     for name in dict.fromkeys(name for row in block.rows for name in row.params):
         facts.append([name, ", ".join(map(word, tables.values_of(block.rows, name)))])
+    if spec.lr_from:
+        facts.append(["lr", "that of each setup in the phase before"])
     return Section("run", "What was run", notes, [Table(["setting", "value"], facts, words=2)])
 
 
@@ -184,7 +86,7 @@ def _ranked(block: Block, ranked: Sequence[Ranked]) -> tuple[list[str], list[lis
     for place, one in enumerate(ranked, 1):
         scores = [plus_minus(name, one.test[name]) if name in one.test else "–" for name in tests]
         epochs = sorted({min(one.best_epochs), max(one.best_epochs)})
-        params = describe({name: value for name, value in one.row.params.items() if name in block.varying})
+        params = describe({name: value for name, value in one.row.chosen.items() if name in block.shown})
         shown = plus_minus(block.objective, one.objective)
         lines.append([str(place), one.row.rule, shown, *scores, "–".join(map(str, epochs)), params or "–"])
     return head, lines
@@ -279,10 +181,14 @@ def heat_map(block: Block, rule: str, row: str, column: str) -> Drawn:
     """The best objective of a rule by any two of its parameters."""
     found = tables.best_map(tables.of_rule(block.rows, rule), row, column)
     caption = f"{rule}: best {block.label(block.objective)} over all other parameters, by {row} and {column}."
-    return block.draw(f"map-{rule}", caption, partial(figures.best_map, found, block.label(block.objective)))
+    return block.draw(
+        f"map-{rule}-{row}-{column}", caption, partial(figures.best_map, found, block.label(block.objective))
+    )
 
 
 def heat_maps(block: Block) -> Section:
+    if block.maps:
+        return _given_maps(block)
     title, drawn = "The two parameters that matter most", []
     for rule in block.rules:
         mine = tables.of_rule(block.rows, rule)
@@ -295,6 +201,18 @@ def heat_maps(block: Block) -> Section:
     if not drawn:
         return Section("maps", title, ["No rule has two parameters with several values and complete cells."])
     return Section("maps", title, ["Those with the largest main effect, for each rule."], figures=drawn)
+
+
+def _given_maps(block: Block) -> Section:
+    drawn, lacking = [], []
+    for row, column in block.maps:
+        for rule in block.rules:
+            mine = tables.of_rule(block.rows, rule)
+            if {row, column} <= mine[0].params.keys() and any(one.state == "complete" for one in mine):
+                drawn.append(heat_map(block, rule, row, column))
+            else:
+                lacking.append(f"{rule} has no complete cell with {row} and {column}.")
+    return Section("maps", "Two parameters at a time", lacking, figures=drawn)
 
 
 def main_effects(block: Block) -> Section:
@@ -397,25 +315,38 @@ def costs(block: Block) -> Section:
     found = tables.costs(block.rows)
     if not found:
         return Section("costs", "Time and memory", ["No cell is complete yet."])
-    from bpf.report.images import parameter_count
-
-    keeps: dict[str, str] = {}
-    with suppress(BpfError):  # a rule that is not installed here
-        layerwise = {name: rule.layerwise for name, rule in block.experiment.rules().items()}
-        keeps = {name: "one layer's" if one else "all layers'" for name, one in layerwise.items()}
-    learned = {one.row.rule: parameter_count(block.experiment, one.row) for one in block.best}
-    head = ["rule", "median", "fastest", "slowest", "all its cells", "parameters", "activations kept"]
+    head = ["rule", "median", "fastest", "slowest", "all its cells", "of which trackers"]
     lines = []
     for one in found:
         paces = [_pace(seconds) for seconds in (one.median, one.fastest, one.slowest)]
-        count = learned.get(one.rule)
-        lines.append([one.rule, *paces, _time(one.total), f"{count:,}" if count else "–", keeps.get(one.rule, "–")])
+        tracking = percent(one.tracking) if one.tracking is not None else "–"
+        lines.append([one.rule, *paces, _time(one.total), tracking])
     note = (
         "Time of one epoch of one execution, over complete cells and without trackers; runs that were trained "
-        "together share their time equally, so structures and hardware matter as much as rules. Parameters: of the "
-        "rule's best cell. Activations kept: what the rule declares it needs for its gradients, not measured here."
+        "together share their time equally, so structures and hardware matter as much as rules."
     )
-    return Section("costs", "Time and memory", tables=[Table(head, lines, note)])
+    return Section("costs", "Time and memory", tables=[Table(head, lines, note), *_memory(block)])
+
+
+def _memory(block: Block) -> Iterator[Table]:
+    """What a training step of each rule's best cell takes, where its model and its rule are here."""
+    from bpf.report import memory
+
+    lines = []
+    for one in block.best:
+        with suppress(BpfError):
+            found = memory.of_cell(block.experiment, one.row)
+            structure = describe({name: one.row.chosen[name] for name in ("arch", "batch_norm")})
+            counts = f"{found.parameters:,}", _size(found.kept), _size(found.step)
+            lines.append([one.row.rule, structure, *counts])
+    if lines:
+        head = ["rule", "best cell", "parameters", "kept", "in a step"]
+        note = (
+            "Measured for this page by training each rule's best network, alone and on the CPU, for a step on random "
+            "images. Kept: parameters, gradients, the optimizer's memory and feedback. In a step: the largest sum of "
+            "all other tensors, mostly activations, which grow with the batch size."
+        )
+        yield Table(head, lines, note, words=2)
 
 
 def provenance(block: Block) -> Section:
@@ -475,6 +406,10 @@ def _commit(name: str, git: Mapping[str, Any] | None) -> str:
         return ""
     changed = f" with {git['changed_files']} changed files" if git.get("dirty") else ""
     return f"{name}{(git.get('commit') or 'no commit')[:12]}{changed}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MiB"
 
 
 def _pace(seconds: float) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpf.plan import OPEN, Row, Value
-from bpf.results import Spread
+from bpf.results import Spread, tracking_share
 
 Series = tuple[Sequence[float], Sequence[float | None]]
 """The epochs of measurements, and their values; None where one was not finite."""
@@ -82,13 +82,17 @@ class Map:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rule costs: seconds of one epoch of one execution over its complete cells, without its trackers."""
+    """What a rule costs: seconds of one epoch of one execution over its complete cells, without its trackers.
+
+    `total` is the time of all its cells, with trackers, which took the part `tracking` of it; None without trackers.
+    """
 
     rule: str
     median: float
     fastest: float
     slowest: float
     total: float
+    tracking: float | None
 
 
 def rules_of(rows: Iterable[Row]) -> list[str]:
@@ -246,7 +250,8 @@ def costs(rows: Sequence[Row]) -> list[Cost]:
         ]
         if paces:
             total = sum(row.result.get("seconds") or 0.0 for row in mine if row.result)
-            found.append(Cost(rule, statistics.median(paces), min(paces), max(paces), total))
+            share = tracking_share(complete(mine))
+            found.append(Cost(rule, statistics.median(paces), min(paces), max(paces), total, share))
     return found
 
 
