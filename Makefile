@@ -16,9 +16,10 @@ install: .venv/.installed  ## make .venv with bpf, its plugins and the developme
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(foreach plugin,$(PLUGINS),--editable $(dir $(plugin)))
 	@touch $@
 
-demo: install  ## run a real grid over five learning rules on the embedded data set, and show the result
+demo: install  ## run a real grid over five learning rules on the embedded data set, and show the result also as a page
 	rm -rf runs/demo
 	$(BIN)/bpf tune runs/demo --spec examples/demo.yaml
+	$(BIN)/bpf report runs/demo
 
 test: install  ## run every test
 	$(BIN)/python -m pytest -n auto
@@ -35,11 +36,12 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: install  ## measure the training step, memory, the study's overhead and what workers bring
+bench: install  ## measure the training step, memory, the study's overhead, what workers bring and what trackers cost
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/trackers.py
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

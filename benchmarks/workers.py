@@ -17,6 +17,7 @@ size, and the first line says so. The data set's cache is made before anything i
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import shutil
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from bpf import supervisor
+from bpf import processes
 from bpf.data.cache import load
 from bpf.study import Study
 
@@ -189,7 +190,7 @@ def start(place: Path, data: list[str], rounds: int) -> None:
     line("from `bpf tune` to the first trained epoch", epochs)
 
     study = place / "start-0" / "study.db"
-    supervisor.warm_up()
+    processes.warm_up()
     forked(None)  # waits for the server to have imported everything
     times: dict[str, list[float]] = {}
     for _ in range(max(5, rounds)):
@@ -210,9 +211,8 @@ def line(what: str, seconds: list[float]) -> None:
 
 def forked(study: Path | None) -> float:
     begun = time.perf_counter()
-    mine, theirs = supervisor._context.Pipe()
-    process = supervisor._context.Process(target=speak, args=(study, theirs))
-    process.start()
+    mine, theirs = multiprocessing.Pipe()
+    process = processes.start(speak, study, theirs, name="speaker")
     theirs.close()
     mine.recv_bytes()
     taken = time.perf_counter() - begun
@@ -265,4 +265,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import workers  # as the processes that are started here import it
+
+    workers.main()

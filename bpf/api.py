@@ -116,8 +116,6 @@ def run(
 
     spec = experiment.grid
     alone = experiment.kind == "train"
-    if not alone:
-        supervisor.warm_up()
     devices = hardware.devices(effort.device or spec.device, 1 if alone else effort.workers)
     loaded = _check(experiment)
     with experiment.running(), closing(_planned(experiment, command)) as study:
@@ -137,7 +135,8 @@ def run(
             for device in devices[: max(1, outset.open)]
         ]
         if not outset.open:
-            return
+            with observe(outset):
+                return
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
             if alone:
@@ -247,6 +246,12 @@ def rows(experiment: Experiment) -> list[Row]:
     """Every cell of the experiment, in plan order."""
     with closing(experiment.open_study(reading=True)) as study:
         return study.rows()
+
+
+def varying(experiment: Experiment) -> frozenset[str]:
+    """The parameters with more than one value."""
+    with closing(experiment.open_study(reading=True)) as study:
+        return study.varying()
 
 
 def history(experiment: Experiment, key: str) -> list[dict[str, Any]]:

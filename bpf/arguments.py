@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bpf.errors import UsageError
+
 if TYPE_CHECKING:
     from bpf.experiment import Experiment, Place
 
@@ -27,8 +29,16 @@ DataDir = Annotated[
     typer.Option(envvar="BPF_DATA_DIR", help="Where data sets live, in torchvision's own layout.", metavar="DIR"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each finished cell.")]
+
+
+def _one_of_them(context: typer.Context, given: bool) -> bool:
+    if given and (context.params.get("quiet") or context.params.get("verbose")):
+        raise UsageError("Give --quiet or --verbose, not both.")
+    return given
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=_one_of_them)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each finished cell.", callback=_one_of_them)]
 CheckpointEvery = Annotated[
     float,
     typer.Option("--checkpoint-every", min=0.0, help="Least seconds between two checkpoints.", metavar="SECONDS"),

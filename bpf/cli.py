@@ -114,10 +114,13 @@ def tune(
 
     What you fix is not tuned. A list is given as `--lr 1e-3,1e-2` or by repeating the option.
     """
+    grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
+    if not (dry_run or plan_only):
+        _warm_up()
     from bpf import api, console, handover
 
     effort = _effort(workers, None, checkpoint_every, max_hours)
-    grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
+    _check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
     directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place)
@@ -155,6 +158,7 @@ def train(
     from bpf import api
 
     effort = _effort("1", None, checkpoint_every, max_hours)
+    _check_targets(notify)
 
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(run.model_dump(mode='json', exclude={'device'}))[:8]}"
@@ -189,8 +193,11 @@ def resume(
     from bpf import api
 
     effort = _effort(workers, device, checkpoint_every, max_hours)
+    _check_targets(notify)
     place = place_of(storage, None, None, False)
     experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
+    if experiment.kind == "tune":
+        _warm_up()
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
@@ -293,16 +300,19 @@ def schema(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted, 141 unread."""
     try:
         app(args=arguments, prog_name="bpf")
     except BpfError as error:
         _fail(f"{'' if error.exit_code == 130 else 'Error: '}{error}", error.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted. Nothing finished is lost; go on with `bpf resume`.", 130)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which typer and rich end with 1 for
+            _unread()
+        raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _unread()
     except PermissionError as error:
         _fail(f"Error: {error.filename} cannot be used: {error.strerror}. Choose another place.", 2)
     except Exception as error:  # ours, not the user's: say so, and how to see more
@@ -312,11 +322,24 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
+def _unread() -> None:
+    """End as a program does that SIGPIPE kills: whoever read the output, such as `head`, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
+
+
 def _fail(message: str, exit_code: int) -> None:
     if os.environ.get("BPF_DEBUG"):
         traceback.print_exc()
     typer.echo(message, err=True)
     sys.exit(exit_code)
+
+
+def _warm_up() -> None:
+    """Let workers' imports begin, as soon as it is known that there will be workers: this process has its own to do."""
+    from bpf import processes
+
+    processes.warm_up()
 
 
 def _run(
@@ -338,6 +361,12 @@ def _run(
             api.run(experiment, observe, _command(), effort, retry_failed)
         except Crashed as error:
             raise Crashed(f"{error} See `bpf status {directory}`; go on with: bpf resume {directory}") from error
+
+
+def _check_targets(notify: list[str] | None) -> None:
+    from bpf.notifying import check
+
+    check(notify or [])
 
 
 @contextmanager
@@ -406,7 +435,7 @@ def _show_ranking(experiment: "Experiment", as_json: bool) -> None:
     if as_json:
         print_json([entry.as_json(experiment.grid.objective) for entry in ranking.top])
     else:
-        console.show_results(ranking, experiment.grid.objective)
+        console.show_results(ranking, experiment.grid.objective, experiment.directory)
     failed = ranking.counts["failed"]
     if failed:
         raise RunError(

@@ -4,11 +4,14 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from bpf.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
 from bpf.grid import Grid
@@ -46,24 +49,29 @@ class LiveProgress:
         self._states: Counter[str] = Counter()
         self._start = self._spoke = time.monotonic()
         self._trouble = ""
+        self._plain = not err.is_terminal or err.is_dumb_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=err,
-            disable=quiet or not err.is_terminal,
-            transient=True,
+            expand=True,
         )
         self._cells = self._progress.add_task("cells", total=outset.total, completed=self._ended, note="")
         self._tasks: dict[int, TaskID] = {}
+        self._leaders = Text(self._told_best(SHOWN_RULES), no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._progress, self._leaders), console=err, transient=True)
 
     def __enter__(self) -> "LiveProgress":
-        self._progress.start()
+        if not self._quiet and not self._outset.open:
+            err.print("Nothing is left to train.")
+        elif not self._quiet and not self._plain:
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def __call__(self, worker: int, event: Event) -> None:
         if isinstance(event, Began):
@@ -76,7 +84,8 @@ class LiveProgress:
             self._warn(event.text)
         elif isinstance(event, GivenUp | Left):
             self._rest(worker)
-        self._progress.update(self._cells, completed=self._ended, note=self._note())
+        self._progress.update(self._cells, completed=self._ended, note=", ".join(self._how_far()))
+        self._leaders.plain = self._told_best(SHOWN_RULES)
 
     def _began(self, worker: int, event: Began) -> None:
         self._rest(worker)
@@ -94,9 +103,9 @@ class LiveProgress:
         self._shares[worker] = share
         curve = self._curves.setdefault(worker, [])
         curve += [event.objective] if event.objective is not None else []
-        note = f"{_cohort(began)}, {event.speed:,.0f} examples/s {sparkline(curve)}"
+        note = " ".join(filter(None, (_cohort(began), sparkline(curve), f"{event.speed:,.0f} examples/s")))
         self._progress.update(self._tasks[worker], completed=event.epoch, note=note)
-        if not self._quiet and not err.is_terminal and time.monotonic() - self._spoke > 30:  # a long cohort
+        if not self._quiet and self._plain and time.monotonic() - self._spoke > 30:  # a long cohort
             self._say(f"{_cohort(began)}: epoch {event.epoch} of {began.epochs}")
 
     def _cell_ended(self, worker: int, event: Ended) -> None:
@@ -107,7 +116,7 @@ class LiveProgress:
         if event.value is not None:
             self._best[event.rule] = min(event.value, self._best.get(event.rule, event.value))
         due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._outset.total
-        if self._verbose or (due and not self._quiet and not err.is_terminal):
+        if self._verbose or (due and not self._quiet and self._plain):
             shown = f"{self._outset.objective} {number(event.value)}" if event.value is not None else event.state
             varying = {name: value for name, value in event.params.items() if name in self._outset.varying}
             what = " ".join(filter(None, (event.rule, describe(varying))))
@@ -128,27 +137,28 @@ class LiveProgress:
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
-        err.print(f"{text} ({self._note()})", soft_wrap=True, markup=False)
+        note = ", ".join(filter(None, (*self._how_far(), self._told_best(1))))
+        err.print(f"{text} ({note})", soft_wrap=True, markup=False)
 
-    def _note(self) -> str:
+    def _how_far(self) -> list[str]:
         parts = []
         left = self._left - sum(self._shares.values())
         if self._spent and self._ended < self._outset.total:
             parts.append(f"{duration(max(0.0, left) / self._spent * (time.monotonic() - self._start))} left")
-        if self._best:
-            ranked = sorted(self._best.items(), key=lambda pair: pair[1])
-            told = [f"{number(value)} by {rule}" for rule, value in ranked[: SHOWN_RULES if err.is_terminal else 1]]
-            parts.append(f"best {self._outset.objective} {', '.join(told)}")
-        parts += [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
-        return ", ".join(parts)
+        return parts + [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
+
+    def _told_best(self, rules: int) -> str:
+        """The best values so far of so many rules."""
+        ranked = sorted(self._best.items(), key=lambda pair: pair[1])
+        told = [f"{number(value)} by {rule}" for rule, value in ranked[:rules]]
+        return f"best {self._outset.objective} {', '.join(told)}" if told else ""
 
 
 def _cohort(event: Began) -> str:
-    cells = f"{event.cells} cell{'s' if event.cells > 1 else ''}"
-    return f"{event.rule} {event.arch} {event.activation}, {cells}"
+    return f"{event.rule} {event.arch} {event.activation}, {counted(event.cells, 'cell')}"
 
 
-def sparkline(values: Sequence[float], width: int = 12) -> str:
+def sparkline(values: Sequence[float], width: int = 8) -> str:
     """A small curve, such as `█▅▃▂▁`, of the whole series: each mark is the last value of its part."""
     if len(values) < 2:
         return ""
@@ -173,13 +183,10 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         sizes = [f"{len(axis.values)} {axis.name}" for axis in axes if len(axis.values) > 1]
         table.add_row(rule, str(counts[rule]), str(counts[rule] * executions), " × ".join(sizes) or "one cell")
     out.print(table)
-    stacked = f", trained in about {cohorts} cohorts" if cohorts else ""
-    say(
-        f"{len(grid.cells)} cells of {executions} execution{'s' if executions > 1 else ''}{stacked}; "
-        f"experiment in {directory}"
-    )
+    stacked = f", trained in about {counted(cohorts, 'cohort')}" if cohorts else ""
+    say(f"{counted(len(grid.cells), 'cell')} of {counted(executions, 'execution')}{stacked}; experiment in {directory}")
     for left in grid.left_out:
-        say(f"left out: {left.cells} cells of {left.rule} ({left.reason})")
+        say(f"left out: {counted(left.cells, 'cell')} of {left.rule} ({left.reason})")
 
 
 def show_taken(taken: "Taken") -> None:
@@ -188,8 +195,8 @@ def show_taken(taken: "Taken") -> None:
         say(line)
 
 
-def show_results(ranking: "Ranking", objective: str) -> None:
-    """The ranked cells, and each rule's winner on the test set."""
+def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
+    """The ranked cells of the experiment in `directory`, and each rule's winner on the test set."""
     counts = ranking.counts
     if not ranking.top:
         say(f"No complete cell yet ({', '.join(f'{count} {state}' for state, count in counts.items() if count)}).")
@@ -198,14 +205,14 @@ def show_results(ranking: "Ranking", objective: str) -> None:
     out.print(_table(f"Ranked by {objective}", ranking.top, ranking.varying, objective, test=False))
     if counts["complete"] > len(ranking.top):
         rest = counts["complete"] - len(ranking.top)
-        say(f"... and {rest} more; see `bpf best --top {counts['complete']}`.")
+        say(f"... and {rest} more; see `bpf best {quote(str(directory))} --top {counts['complete']}`.")
     out.print()
     title = "The winner of each rule on the test set"
     out.print(_table(title, ranking.winners, ranking.varying, objective, test=True))
     executions = len(ranking.top[0].objective.values)
     spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
     others = [f"{counts[state]} {state}" for state in ("diverged", "failed") if counts[state]]
-    say(f"{spread}; {counts['complete']} cells complete{''.join(f', {o}' for o in others)}.")
+    say(f"{spread}; {counted(counts['complete'], 'cell')} complete{''.join(f', {o}' for o in others)}.")
     share = tracking_share({entry.row.key: entry.row for entry in (*ranking.top, *ranking.winners)}.values())
     if share is not None:
         say(f"trackers took {percent(share)} of the training time of these cells.")
@@ -215,16 +222,17 @@ def show_results(ranking: "Ranking", objective: str) -> None:
         say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
 
 
-def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], objective: str) -> None:
-    """The best cell of each rule for each combination of some parameters, with its learning rate."""
+def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Collection[str], objective: str) -> None:
+    """The best cell of each rule for each combination of some parameters, with all that vary."""
     if ranked:
-        shown = {*names, "lr"}
+        shown = {*names, *varying}
         out.print(_table(f"The best by {objective} per {', '.join(names)}", ranked, shown, objective, test=False))
     else:
         say("No complete cell yet.")
 
 
 def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:
+    """Cells with the parameters `names`, or all of them if there is none that varies."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("rule", no_wrap=True)
@@ -241,7 +249,7 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
             *(plus_minus(name, entry.test[name]) for name in measured),
             *([] if test else [plus_minus(objective, entry.objective)]),
             "-".join(map(str, epochs)),
-            describe({name: value for name, value in entry.row.chosen.items() if name in names}),
+            describe({name: value for name, value in entry.row.chosen.items() if not names or name in names}),
         )
     return table
 
@@ -255,7 +263,7 @@ def plus_minus(name: str, spread: Spread) -> str:
     """`0.123 ± 0.004`; errors are shown in percent."""
     is_error = name.endswith("error")
     scale, digits = (100, ".2f") if is_error else (1, ".4f" if 0.001 <= abs(spread.mean) < 1e5 else ".1e")
-    deviation = f" ± {spread.std * scale:{digits}}" if len(spread.values) > 1 else ""
+    deviation = f" ± {spread.std * scale:{digits}}" if spread.std is not None else ""
     return f"{spread.mean * scale:{digits}}{deviation}{' %' if is_error else ''}"
 
 
@@ -267,6 +275,10 @@ def word(value: Any) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def percent(share: float) -> str:
@@ -288,7 +300,7 @@ def show_status(status: dict[str, Any]) -> None:
     """Cells by state, what troubled them, who works on them, and how long the rest will take."""
     cells = status["cells"]
     parts = [f"{count} {state}" for state, count in cells.items() if state != "total" and count]
-    say(f"{status['experiment']}: {cells['total']} cells: {', '.join(parts) or 'none planned'}")
+    say(f"{status['experiment']}: {counted(cells['total'], 'cell')}: {', '.join(parts) or 'none planned'}")
     for cause, states in status["causes"].items():
         say(f"{CAUSES[cause]}: {', '.join(f'{count} {_now(state)}' for state, count in states.items())}")
     for worker in status["workers"]:
@@ -310,11 +322,15 @@ def _now(state: str) -> str:
 
 
 def show_failures(rows: Sequence[Row]) -> None:
-    """The tracebacks of failed cells."""
-    for row in rows:
+    """The tracebacks of failed cells, and which have diverged."""
+    failed = [row for row in rows if row.state == "failed"]
+    for row in failed:
         say(f"{row.name}: {row.rule} {describe(row.chosen)}\n{row.error}")
-    if not rows:
+    if not failed:
         say("No cell has failed.")
+    for row in rows:
+        if row.state == "diverged":
+            say(f"{row.name}: {row.rule} {describe(row.chosen)}: diverged")
 
 
 def show_provenance(provenance: dict[str, Any]) -> None:
@@ -348,21 +364,23 @@ def show_provenance(provenance: dict[str, Any]) -> None:
 
 def _commit(git: dict[str, Any]) -> str:
     changed = f", {git['changed_files']} files changed" if git["dirty"] else ", clean"
-    return f"{git['commit'] or 'no commit yet'} on {git['branch'] or 'no branch'}{changed}"
+    where = f" in {git['root']}" if git.get("root") else ""
+    return f"{git['commit'] or 'no commit yet'} on {git['branch'] or 'no branch'}{changed}{where}"
 
 
 def show_cleaned(removed: dict[str, Any], dry_run: bool) -> None:
     """What `bpf clean` has removed, or would."""
     for path in removed["files"]:
         say(path)
-    count = len(removed["files"])
     done = "would be removed" if dry_run else "removed"
-    say(f"{count} file{'s' if count != 1 else ''} {done}, {removed['bytes'] / 2**20:.1f} MiB.")
+    say(f"{counted(len(removed['files']), 'file')} {done}, {removed['bytes'] / 2**20:.1f} MiB.")
 
 
 def show_scores(scores: dict[str, Any]) -> None:
-    """What `bpf evaluate` found: loss, error, and how classes are taken for each other."""
+    """What `bpf evaluate` found: what the model is, loss, error, and how classes are taken for each other."""
     say(f"{scores['model']} on the {scores['part']} part of {scores['dataset']}: {scores['examples']} examples")
+    say(f"  {scores['algorithm']} {describe(scores['params'])}")
+    say(f"  the execution with seed {scores['seed']} only; tables show the mean of all")
     error = "" if scores["error"] is None else f"   error {100 * scores['error']:.2f} %"
     say(f"  loss {number(scores['loss'])}{error}")
     if scores["confusion"] is None:

@@ -1,7 +1,7 @@
 """Saved models in use: their scores on a data set, and what they make of image files."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from torch import Tensor
 from bpf.data.base import Images
 from bpf.data.cache import Data, load, open_dataset
 from bpf.data.images import EXTENSIONS, decode
-from bpf.errors import UsageError, did_you_mean
+from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.feed import SCALES, Feed
-from bpf.files import write_atomically
+from bpf.files import check_place, write_atomically
+from bpf.grid import as_grid, expand
 from bpf.losses import output_loss, squash_for
 from bpf.losses import predict as squashed
 from bpf.models import Model, read
+from bpf.registry import ALGORITHMS, Registry
+from bpf.spec import TUNABLE, RunSpec
 from bpf.training import EVALUATION_ROWS
 
 PARTS = ("test", "val", "train")
@@ -27,7 +30,7 @@ _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
 
 
 def evaluate(
-    path: Path,
+    path: str | Path,
     dataset: str | None = None,
     data_dir: Path = Path("data"),
     part: str = "test",
@@ -39,7 +42,8 @@ def evaluate(
     holds out, as they are: without augmentation. Images of `dataset` are scaled to the model's where the data set
     allows it, or to `image_size`, in pixels.
 
-    Returns `loss`, the mean per example, `error`, the fraction of wrong predictions, and `confusion`, how many examples
+    Returns what the model is: the `algorithm` and the `params` of its cell, and the `seed` of the execution that it is
+    of; and `loss`, the mean per example, `error`, the fraction of wrong predictions, and `confusion`, how many examples
     of each true class (rows) are taken for each class (columns); the latter two are None in reconstruction. `loss` is
     None if it is not finite. Batches, kernels and sums are those of training: a run on a CPU of the same kind had the
     same test loss, bit for bit (but for layers of one unit, see `models.load`); one on a GPU had it to rounding.
@@ -54,17 +58,32 @@ def evaluate(
         raise UsageError(f"{path} was trained without a validation split (val_frac 0). Evaluate test or train.")
     data = load(name, data_dir, image_size or _size(model, name, data_dir))
     _check_data(model, data)
+    spec = model.spec
+    known = {"model": str(path), "algorithm": spec.algorithm, "params": _params(spec), "seed": spec.seed}
     with _as_in_training():
-        return {"model": str(path), "dataset": name, "part": part, **_scores(model, data, part)}
+        return {**known, "dataset": name, "part": part, **_scores(model, data, part)}
+
+
+def _params(spec: RunSpec) -> dict[str, Any]:
+    """The parameters of the cell that a run is an execution of; all that are tunable if its rule is not installed."""
+    try:
+        rule = Registry(ALGORITHMS).load(spec.algorithm)
+        return dict(expand(as_grid(spec), {spec.algorithm: rule}).cells[0].params)
+    except BpfError:
+        return {name: value for name in TUNABLE if (value := getattr(spec, name)) not in (None, spec.algorithm)}
 
 
 def predict(
-    path: Path, images: Sequence[Path], top: int = 1, output: Path | None = None
+    path: str | Path,
+    images: Sequence[str | Path],
+    top: int = 1,
+    output: str | Path | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> list[dict[str, str | int | float]]:
     """What a saved model makes of image files and of those in directories, at any depth.
 
     Images are converted as in `folder:PATH`, scaled to the model's height and width, and made grey or coloured as it
-    needs them.
+    needs them. Each dict says whether its image was `converted`, and if any was, `tell` is told how, in one line.
 
     A classifier gives the `top` most likely classes of each image, each a dict with `file`, `rank` from 1, `class` and
     `probability` (the softmax); with output loss bce or mse `score` instead, the sigmoid of the class's own logit in
@@ -74,9 +93,10 @@ def predict(
     `output`. A name that occurs twice gets a number.
 
     Raises UsageError for an unusable model, for images that are missing or cannot be read, for a `top` below 1, for
-    `output` where it is missing or has no use, and for files in it that would be overwritten.
+    `output` where it is missing, has no use or belongs to an experiment, and for files in it that would be overwritten.
     """
     model = read(path)
+    output = None if output is None else Path(output)
     reconstructs = model.spec.problem_type == "reconstruction"
     if reconstructs and output is None:
         raise UsageError(f"{path} reconstructs images; name a directory for them with --output.")
@@ -84,23 +104,38 @@ def predict(
         raise UsageError(f"{path} classifies images and writes none; leave out --output.")
     if top < 1:
         raise UsageError(f"top is {top}; it must be at least 1.")
-    files = _files(images)
+    if output is not None:
+        check_place(output)
+    files = _files([Path(image) for image in images])
     targets = _targets(files, output) if output is not None else []
     pixels = torch.from_numpy(_fitting(files, model.shape))
+    shapes = [_shape(file) for file in files]
+    converted = [shape != model.shape for shape in shapes]
+    if any(converted):
+        others = _listed(list(dict.fromkeys(_shown(shape) for shape in shapes if shape != model.shape)))
+        tell(
+            f"{sum(converted)} of {len(files)} images were converted to the model's {_shown(model.shape)} "
+            f"(channels x height x width), from {others}"
+        )
     module = model.module()
     with _as_in_training():
         logits = torch.cat([module(batch) for batch in torch.split(pixels, EVALUATION_ROWS)])
     if reconstructs:
         for target, image in zip(targets, _pixels(model, logits), strict=True):
             _write_png(target, image)
-        return [{"file": str(file), "output": str(target)} for file, target in zip(files, targets, strict=True)]
+        return [
+            {"file": str(file), "output": str(target), "converted": changed}
+            for file, target, changed in zip(files, targets, converted, strict=True)
+        ]
     word, scores = (
         ("probability", logits.softmax(-1)) if model.spec.resolved_loss == "ce" else ("score", logits.sigmoid())
     )
     best = scores.topk(min(top, len(model.classes)))
     return [
-        {"file": str(file), "rank": rank, "class": model.classes[index], word: value}
-        for file, indices, values in zip(files, best.indices.tolist(), best.values.tolist(), strict=True)
+        {"file": str(file), "rank": rank, "class": model.classes[index], word: value, "converted": changed}
+        for file, changed, indices, values in zip(
+            files, converted, best.indices.tolist(), best.values.tolist(), strict=True
+        )
         for rank, (index, value) in enumerate(zip(indices, values, strict=True), 1)
     ]
 
@@ -155,21 +190,21 @@ def _scores(model: Model, data: Data, part: str) -> dict[str, Any]:
     examples = {"test": feed.test, "val": feed.val, "train": feed.train}[part]
     loss = output_loss(spec.resolved_loss, squash_for(spec.problem_type, spec.scaler))
     module, classes = model.module(), len(model.classes)
-    totals = torch.zeros(2, dtype=model.tensors["weight.0"].dtype)
+    total = torch.zeros((), dtype=model.tensors["weight.0"].dtype)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for rows in torch.split(torch.arange(len(examples)), EVALUATION_ROWS):
         _, target, labels = feed.batch(examples, rows[None])
         logits = module(examples.images[examples.index[rows]].view(-1, *model.shape))
-        totals[0] += loss(logits[None], target)[0].sum()
+        total += loss(logits[None], target)[0].sum()
         if feed.classifies:
             pairs = labels[0] * classes + logits.argmax(-1)
             confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    totals[1] = confusion.sum() - confusion.trace()
-    mean, error = totals.div_(len(examples)).tolist()
+    mean = total.div_(len(examples)).item()
+    wrong = int(confusion.sum() - confusion.trace())
     return {
         "examples": len(examples),
         "loss": mean if math.isfinite(mean) else None,
-        "error": error if feed.classifies else None,
+        "error": wrong / len(examples) if feed.classifies else None,
         "classes": list(model.classes),
         "confusion": confusion.tolist() if feed.classifies else None,
     }
@@ -222,6 +257,14 @@ def _fitting(files: Sequence[Path], shape: tuple[int, int, int]) -> Images:
     raise UsageError(f"The model takes images with {channels} channels; image files have 1 or 3.")
 
 
+def _shape(file: Path) -> tuple[int, int, int]:
+    """Channels, height and width of an image file that can be read."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return 1 if Image.getmodebase(image.mode) == "L" else 3, image.height, image.width
+
+
 def _pixels(model: Model, logits: Tensor) -> Images:
     """Reconstructions as images, uint8 [N, C, H, W]: the output, squashed and scaled back."""
     offset, factor = SCALES[model.spec.scaler]
@@ -241,5 +284,5 @@ def _shown(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _listed(classes: Sequence[str]) -> str:
-    return ", ".join([*classes[:5], *(["..."] if len(classes) > 5 else [])])
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join([*words[:5], *(["..."] if len(words) > 5 else [])])

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import IO, Any
 from bpf.errors import UsageError, did_you_mean
 from bpf.experiment import Experiment
 from bpf.extras import need
-from bpf.files import write_atomically
+from bpf.files import check_output, check_place, write_atomically
 from bpf.plan import Row
 from bpf.results import result_columns
 from bpf.study import Study
@@ -36,10 +37,12 @@ _CELL: Columns = {"cell": str, "key": str, "algorithm": str}
 _RUN: Columns = {"execution": int, "seed": int}
 _SCORES = ("loss", "error", "val_loss", "val_error")
 _OUTCOME: Columns = {"state": str, "objective": float}
+_MADE = re.compile(rb'cell,key,algorithm\b|\[\n\{"cell": |\[\]\n|PAR1')
+"""How a table begins, in any of the formats."""
 _RUN_OUTCOME: Columns = {"status": str, "best_epoch": int, "test_loss": float, "test_error": float}
 _RESULTS: Columns = {
-    **{"state": str, "cause": str, "objective": float, "objective_std": float},
-    **{"test_loss": float, "test_loss_std": float, "test_error": float, "test_error_std": float},
+    **{"state": str, "cause": str, "objective_name": str, "objective": float, "objective_std": float},
+    **{"best_epoch": float, "test_loss": float, "test_loss_std": float, "test_error": float, "test_error_std": float},
     **{"executions": int, "seconds": float, "tracking_seconds": float},
 }
 
@@ -63,7 +66,8 @@ class Table:
 def table(study: Study, what: str) -> Table:
     """One of the tables of an experiment, with a column for each parameter of any of its rules.
 
-    - `results`: a record per cell.
+    - `results`: a record per cell. `objective_name` is the score whose mean over the executions `objective` is, and
+      `best_epoch` the median of their best epochs.
     - `history`: a record per epoch of each execution, the epochs counted from 1.
     - `trackers`: a record per measurement of each execution, at an optimizer `step` and an `epoch`, which is a
       fraction between two epochs and 0 before training; a column per value, such as `bp_cosine/layer.0`.
@@ -87,19 +91,44 @@ def write(table: Table, format: str, file: IO[bytes]) -> None:
     FORMATS[format](table, file)
 
 
+def format_of(output: Path | None, asked: str | None) -> str:
+    """The format that `output` is written in: the one that is asked for, or that of its name, or else csv.
+
+    Raises UsageError for an unknown one, and where the two differ.
+    """
+    if asked is not None and asked not in FORMATS:
+        raise UsageError(f"--format {asked} is not known.{did_you_mean(asked, FORMATS)}")
+    named = output.suffix[1:].lower() if output is not None else ""
+    if named not in FORMATS:
+        return asked or "csv"
+    if asked not in (None, named):
+        raise UsageError(f"{output} is not written as {asked}. Leave out --format {asked}, or name a .{asked} file.")
+    return named
+
+
+def check_table(output: Path) -> None:
+    """Raise UsageError if `output` exists and is no table that was exported, or belongs to an experiment."""
+    check_output(output, "table that bpf has exported", _MADE)
+
+
 def metrics(experiment: Experiment, directory: Path) -> list[Path]:
     """Write one Parquet file per learning rule that has trained anything; returns their paths.
 
     Its rows are the epochs of each execution together with what the trackers measured at them, and rows of their own,
     without losses, for measurements before training (epoch 0) and between epochs. Each repeats the cell's parameters,
     state and objective, and the execution's test scores: so one file answers every question about a rule.
+    Raises UsageError, having written nothing, if a file would replace something else than an earlier one.
     """
+    check_place(directory)
     paths = []
     with closing(experiment.open_study(reading=True)) as study:
-        for rule in _rules(study):
+        places = {rule: directory / f"{file_name(rule)}.parquet" for rule in _rules(study)}
+        for path in places.values():
+            check_table(path)
+        for rule, path in places.items():
             made = _metrics(study, rule)
             if made is not None:
-                paths.append(directory / f"{file_name(rule)}.parquet")
+                paths.append(path)
                 write_atomically(paths[-1], partial(write, made, "parquet"))
     return paths
 
@@ -153,8 +182,20 @@ def measurements(record: Mapping[str, Any]) -> Iterator[Record]:
 
 def _results(study: Study) -> Table:
     rules = _rules(study)
-    records = (_cell(row) | result_columns(row) for rule in rules for row in study.rows(rule=rule))
+    name = study.settings["spec"]["objective"]
+    records = (
+        _cell(row) | result_columns(row) | {"objective_name": name, "best_epoch": _best_epoch(row)}
+        for rule in rules
+        for row in study.rows(rule=rule)
+    )
     return Table(_CELL | parameters(study, rules) | _RESULTS, records)
+
+
+def _best_epoch(row: Row) -> float | None:
+    """The median of the best epochs of a complete cell's executions."""
+    if row.state != "complete" or row.result is None:
+        return None
+    return float(statistics.median(execution["best_epoch"] for execution in row.result["executions"]))
 
 
 def _history(study: Study) -> Table:

@@ -1,8 +1,12 @@
-"""Writing files so that a crash, a full disk or a power cut leaves the old file or the new one, never half."""
+"""Writing files so that a crash, a full disk or a power cut leaves the old file or the new one, never half.
+
+And so that what a user asks for is not written over something else: see `check_place` and `check_output`.
+"""
 
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +16,12 @@ from typing import IO, Any
 from bpf.errors import DiskFull, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_EXPERIMENT = re.compile(
+    r"experiment\.yaml|running\.lock|study(\.new)?\.db(-.*)?|locks|logs|models|checkpoints", re.IGNORECASE
+)
+"""What an experiment itself keeps in its directory; the rest is free, for reports and exports."""
+_HEAD = 2**16
+"""So many bytes tell what a file is."""
 
 
 @contextmanager
@@ -23,6 +33,33 @@ def explaining(path: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise DiskFull(path) from error
         raise UsageError(f"{path} cannot be written: {error.strerror or error}. Choose another directory.") from error
+
+
+def check_place(path: Path) -> None:
+    """Raise UsageError if a file or a folder that a user names for output belongs to an experiment itself."""
+    for place in (Path(os.path.realpath(path)), Path(os.path.normpath(path.absolute()))):
+        for directory in place.parents:
+            own = place.relative_to(directory).parts[0]
+            if _OF_EXPERIMENT.fullmatch(own) and (directory / "experiment.yaml").exists():
+                raise UsageError(f"{path} belongs to the experiment {directory} itself. Choose another place.")
+
+
+def check_output(path: Path, what: str, made: re.Pattern[bytes]) -> None:
+    """Raise UsageError if writing the file `path`, which a user names for output, would destroy something.
+
+    A file that is there already is replaced only if it is an earlier output, which begins as `made` says, or empty.
+    `what` says what that is.
+    """
+    check_place(path)
+    with explaining(path):
+        if not path.exists():
+            return
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(_HEAD)
+            if not head or made.match(head):
+                return
+    raise UsageError(f"{path} exists and is no {what}, so it is not replaced. Choose another name.")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

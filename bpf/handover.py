@@ -327,6 +327,6 @@ def _scored(objective: str, one: Handed) -> str:
     """`loss 0.1234 ± 0.0010`, to so many digits that the deviation has two."""
     assert one.objective is not None
     mean, std = one.objective.mean, one.objective.std
-    digits = min(12, max(4, 1 - math.floor(math.log10(std)))) if std > 0 else 4
-    deviation = f" ± {std:.{digits}f}" if len(one.objective.values) > 1 else ""
+    digits = min(12, max(4, 1 - math.floor(math.log10(std)))) if std else 4
+    deviation = f" ± {std:.{digits}f}" if std is not None else ""
     return f"{objective} {mean:.{digits}f}{deviation}" + (f"; {one.reason}" if one.reason else "")

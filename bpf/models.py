@@ -24,12 +24,16 @@ from torch import Tensor, nn
 from bpf.activations import LEAKY_SLOPE
 from bpf.errors import UsageError
 from bpf.feed import SCALES
-from bpf.files import write_atomically
+from bpf.files import check_output, write_atomically
 from bpf.network import BATCH_NORM_EPSILON
 from bpf.spec import RunSpec
 
 FORMAT = "bpf-model-1"
 _TOLD = ("spec", "shape", "classes")
+_LISTED = 10
+"""So many models of a directory are named."""
+_ONNX = re.compile(rb"\x08.{1,2}\x12.pytorch", re.DOTALL)
+"""How an ONNX file that torch has written begins: its version, and who made it."""
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -83,7 +87,7 @@ class Model:
     def module(self) -> nn.Sequential:
         """The network as `load` gives it."""
         offset, factor = SCALES[self.spec.scaler]
-        stages: dict[str, nn.Module] = {"pixels": _Pixels(offset, factor, self.tensors["weight.0"].dtype)}
+        stages: dict[str, nn.Module] = {"pixels": _Pixels(offset, factor, self.tensors["weight.0"].dtype, self.shape)}
         last = len(self.spec.widths)
         for k in range(last + 1):
             own = {name.partition(".")[0]: t for name, t in self.tensors.items() if name.endswith(f".{k}")}
@@ -102,10 +106,11 @@ class Model:
         return module.eval()
 
 
-def load(path: Path) -> nn.Sequential:
+def load(path: str | Path) -> nn.Sequential:
     """The network as a module of plain torch, on the CPU and in eval mode.
 
-    Takes images [N, C, H, W], uint8 or floating point, in 0..255, and gives logits [N, targets]. It has the attributes
+    Takes images [N, C, H, W], uint8 or floating point, in 0..255, and gives logits [N, targets]; images of another
+    shape are an AssertionError, which is what torch's graphs can raise, wherever they run. It has the attributes
     `spec` (a dict, all fields of the run's spec), `classes` (their names in the order of the logits; of the data set's
     labels in reconstruction) and `shape` (C, H, W).
 
@@ -120,7 +125,7 @@ def load(path: Path) -> nn.Sequential:
     return read(path).module()
 
 
-def info(path: Path) -> dict[str, Any]:
+def info(path: str | Path) -> dict[str, Any]:
     """What a file says of itself, as plain values, after the same checks as in `load`."""
     model = read(path)
     return {
@@ -137,11 +142,12 @@ def info(path: Path) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> Model:
+def read(path: str | Path) -> Model:
     """The checked content of a file; raises UsageError as `load` does.
 
     Values need not be finite: batch norm's running variance may overflow in a network that works.
     """
+    path = Path(path)
     told, tensors = _content(path)
     missing = [name for name in ("digest", *_TOLD) if name not in told]
     if told.get("format") != FORMAT:
@@ -168,12 +174,15 @@ def read(path: Path) -> Model:
     return Model(path, spec, shape, classes, tensors, told["digest"])
 
 
-def export_onnx(path: Path, output: Path) -> Path:
+def export_onnx(path: str | Path, output: str | Path) -> Path:
     """Write the network as ONNX: input `images` uint8 [N, C, H, W] with any N, output `logits` [N, targets].
 
     Spec, shape and classes go into the file's metadata, as JSON. The numbers are those of `load` to float32's rounding.
-    Raises UsageError without the packages, for an unusable model and for a place that may not be written.
+    Raises UsageError without the packages, for an unusable model and for a place that may not be written, such as that
+    of a file which is no ONNX.
     """
+    output = Path(output)
+    check_output(output, "ONNX file", _ONNX)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -204,13 +213,15 @@ class _Stage(nn.Module):
 
 
 class _Pixels(_Stage):
-    """[N, C, H, W] in 0..255 -> [N, pixels] as `Feed.batch` scales them."""
+    """[N, C, H, W] in 0..255 -> [N, pixels] as `Feed.batch` scales them. Only images of `shape` are taken."""
 
-    def __init__(self, offset: float, factor: float, dtype: torch.dtype) -> None:
+    def __init__(self, offset: float, factor: float, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.offset, self.factor, self.dtype = offset, factor, dtype
+        self.offset, self.factor, self.dtype, self.shape = offset, factor, dtype, shape
+        self.wanted = f"This network takes images of shape [N, C, H, W] = [N, {', '.join(map(str, shape))}]."
 
     def forward(self, images: Tensor) -> Tensor:
+        torch._assert(images.shape[1:] == self.shape, self.wanted)
         return images.flatten(1).to(self.dtype).sub(self.offset).mul(self.factor)
 
 
@@ -249,6 +260,10 @@ class _Norm(_Stage):
 
 def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The text and the tensors of a safetensors file, unchecked."""
+    if path.is_dir() and (found := _below(path)):
+        listed = "".join(f"\n  {model}" for model in found[:_LISTED])
+        more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        raise UsageError(f"{path} is a directory. Name one of its models:{listed}{more}")
     if not path.is_file():
         raise UsageError(f"There is no model {path}. Those of an experiment lie in its directory, in models/RULE/.")
     try:
@@ -258,6 +273,12 @@ def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         _refuse(path, "it is damaged or no safetensors file")
     except OSError as error:
         raise UsageError(f"The model {path} cannot be read: {error.strerror or error}.") from error
+
+
+def _below(directory: Path) -> list[Path]:
+    """The models in the directory of an experiment, of its models, or of those of a rule."""
+    patterns = ("models/*/*.safetensors", "*/*.safetensors", "*.safetensors")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))
 
 
 def _refuse(path: Path, reason: str) -> Never:

@@ -7,12 +7,13 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf import api, console, exporting, handover
+from bpf import api, console, exporting, handover, processes
+from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment import Experiment, Place, open_experiment
 from bpf.extras import need
 from bpf.fields import build
@@ -30,6 +31,14 @@ class Opened:
     """An experiment on disk. Tables are pandas DataFrames (`pip install pandas`), read anew at each call."""
 
     experiment: Experiment
+
+    def __repr__(self) -> str:
+        experiment, grid = self.experiment, self.experiment.grid
+        cells = ""
+        if experiment.is_here and not experiment.database.missing():  # no server is asked
+            with suppress(BpfError), closing(experiment.open_study(reading=True)) as study:
+                cells = f"{console.counted(sum(study.counts().values()), 'cell')}: "
+        return f"bpf.open({str(self.directory)!r})  # {cells}{', '.join(grid.algorithm)} on {grid.dataset}"
 
     @property
     def directory(self) -> Path:
@@ -56,9 +65,15 @@ class Opened:
         return [entry.as_json(self.experiment.grid.objective) for entry in api.best(self.experiment, top)]
 
     def best_model(self, rule: str) -> Path | None:
-        """The file of a rule's best network, for `bpf.load`; None if nothing of it is complete."""
+        """The file of a rule's best network, for `bpf.load`; None if nothing of it is complete yet.
+
+        Raises UsageError for a rule that the experiment does not have.
+        """
         from bpf.models import path_of
 
+        if rule not in self.experiment.grid.algorithm:
+            known = did_you_mean(rule, self.experiment.grid.algorithm)
+            raise UsageError(f"{self.directory} has no rule {rule!r}.{known}")
         with closing(self.experiment.open_study(reading=True)) as study:
             found = study.best(rule)
         return path_of(self.experiment.files / "models", rule, found[0]) if found else None
@@ -85,10 +100,11 @@ def tune(
 
     `spec` has the fields of a spec file. With a `val_*` objective and no learning rate it takes those of the earlier
     phase, as `bpf tune` does: from `lr_from`, or from `directory`, and then lies in a directory inside it. Raises
-    UsageError for a mistake, and Interrupted when it was stopped; the same call again goes on. In a script, call it
-    below `if __name__ == "__main__":`, like everything that starts processes.
+    UsageError for a mistake, and Interrupted when it was stopped; the same call again goes on. A script can call it
+    anywhere: the workers do not run it again.
     """
     grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
+    processes.warm_up()
     place = Place(keep_checkpoints=keep_checkpoints)
     where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
     experiment = api.open_tune(where, grid, Path(data_dir), place)

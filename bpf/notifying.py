@@ -6,6 +6,7 @@ Where to is a secret: the address of a web hook is its key. It is shown as `http
 import http.client
 import json
 import os
+import re
 import shlex
 import subprocess
 import urllib.error
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from bpf.errors import BpfError
+from bpf.errors import BpfError, UsageError
 from bpf.experiment import Experiment
 from bpf.results import rank
 
@@ -24,11 +25,37 @@ EVENTS = ("finished", "failed", "stopped")
 URL_SECONDS = 10.0
 COMMAND_SECONDS = 60.0
 OPTION = "--notify"
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+:(?://)?)\S*", re.IGNORECASE)
+"""What is meant as an address and not as a command, such as `ftp://...` and `mailto:...`."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any) -> None:
         """Follow none: what is sent would be lost on the way, as a redirected POST becomes a GET."""
+
+
+def check(targets: Sequence[str]) -> None:
+    """Raise UsageError, which does not quote it, for a target that cannot be told whatever happens."""
+    for target in targets:
+        address = _ADDRESS.fullmatch(target.strip())
+        if _is_url(target):
+            if problem := _problem(target):
+                raise UsageError(f"{OPTION} {shown(target)} cannot be told: {problem}.")
+        elif address or not target.strip():
+            known = f"{address[1]}..." if address else "''"
+            raise UsageError(f"{OPTION} {known} is neither a http(s) URL nor a shell command.")
+
+
+def _problem(url: str) -> str:
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        return "a URL has no spaces"
+    try:
+        parts = urlsplit(url)
+        if parts.hostname and parts.port != 0:
+            return "a user name or a password in a URL would not be sent" if "@" in parts.netloc else ""
+    except ValueError:
+        pass
+    return "the URL has no host, or none with a port"
 
 
 @dataclass(frozen=True)

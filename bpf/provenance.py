@@ -83,7 +83,7 @@ def _versions(plugins: Iterable[Plugin]) -> dict[str, str | None]:
 
 
 def _repository(directory: Path) -> dict[str, Any] | None:
-    """Commit, branch and changes of the repository around a directory.
+    """Root, commit, branch and changes of the repository around a directory.
 
     Only tracked files count as changed, as in `git describe --dirty`: experiments lie untracked in many
     working directories, and data sets take long to look through.
@@ -95,7 +95,9 @@ def _repository(directory: Path) -> dict[str, Any] | None:
     head = dict(line.split(" ", 2)[1:] for line in lines if line.startswith("# "))
     commit, branch = head.get("branch.oid"), head.get("branch.head")
     changed = sum(not line.startswith("#") for line in lines)
+    root = _git(directory, "rev-parse", "--show-toplevel")
     return {
+        "root": root.strip() if root else None,
         "commit": None if commit == "(initial)" else commit,
         "branch": None if branch == "(detached)" else branch,
         "dirty": changed > 0,

@@ -11,7 +11,7 @@ from bpf.plan import Row
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of a cell's executions with their mean and sample standard deviation (0 for a single one)."""
+    """Values of a cell's executions with their mean and sample standard deviation; a single one has none."""
 
     values: list[float]
 
@@ -20,8 +20,8 @@ class Spread:
         return statistics.fmean(self.values)
 
     @property
-    def std(self) -> float:
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+    def std(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranked:
     test: dict[str, Spread]
 
     def as_json(self, objective: str) -> dict[str, Any]:
-        test: dict[str, float] = {}
+        test: dict[str, float | None] = {}
         for name, spread in self.test.items():
             test |= {name: spread.mean, f"{name}_std": spread.std}
         return {

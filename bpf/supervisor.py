@@ -4,17 +4,15 @@ The supervisor trains nothing and decides nothing about cells: the study does. S
 its workers notice, store what they have and end.
 """
 
-import multiprocessing
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
 
+from bpf import processes
 from bpf.errors import BpfError, RunError
 from bpf.events import Began, Ended, Event, Left, Observe, Saved, Trouble
 from bpf.stopping import CutShort, Stop
@@ -26,9 +24,6 @@ MAX_CRASHES = 5
 POLL_SECONDS = 0.2
 OTHERS_SECONDS = 2.0
 GRACE_SECONDS = 5.0
-
-_METHOD: Any = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_context: Any = multiprocessing.get_context(_METHOD)
 
 
 class Crashed(RunError):
@@ -92,11 +87,8 @@ class Supervisor:
                 self._start(seat)
 
     def _start(self, seat: Seat) -> None:
-        mine, theirs = _context.Pipe()
-        with _holding_interrupts():
-            process = _context.Process(target=work, args=(seat.job, theirs), name=f"bpf-worker-{seat.number}")
-            process.daemon = True
-            process.start()
+        mine, theirs = connections.Pipe()
+        process = processes.start(work, seat.job, theirs, name=f"bpf-worker-{seat.number}")
         theirs.close()
         seat.process, seat.connection, seat.left = process, mine, None
         seat.doing, seat.told_to_stop = "starting", False
@@ -192,30 +184,6 @@ class Supervisor:
         if alive:
             with suppress(RunError):
                 self.study.repair(blame=False)
-
-
-@contextmanager
-def _holding_interrupts() -> Iterator[None]:
-    """Let what is started here never see Ctrl-C, which is meant for the supervisor: it is delivered afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def warm_up() -> None:
-    """Begin to import what workers need, while this process still plans. They are forked from that process."""
-    if _context.get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        # The last two are imported on first use otherwise, by each worker anew: torch's optimizers need torch._dynamo.
-        _context.set_forkserver_preload(["bpf.worker", "bpf.trials", "torch._dynamo"])
-        with _holding_interrupts():
-            forkserver.ensure_running()
 
 
 def _how(exit_code: int | None) -> str:

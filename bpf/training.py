@@ -20,6 +20,8 @@ from bpf.spec import RunSpec
 from bpf.trackers import Probe, Tracker
 
 PROBE_SIZE = 256
+DIVERGED_LOSS = 1e6
+"""A mean loss above it is no training any more, though numbers may stay finite for long after."""
 EVALUATION_ROWS = 512
 
 Scores = dict[str, float | None]
@@ -138,15 +140,16 @@ class Cohort:
         if unit == "epochs" and self.epoch % interval == 0:
             self._track(self.epoch * self._steps)
         scores: dict[str, list[float]] = {}
-        for prefix, totals in parts.items():
-            losses, errors = totals.tolist()
+        for prefix, means in parts.items():
+            losses, errors = means.tolist()
             scores[f"{prefix}loss"] = losses
             if self._feed.classifies:
-                scores[f"{prefix}error"] = errors
+                count = len(self._feed.val if prefix else self._feed.train)
+                scores[f"{prefix}error"] = [_fraction(error, count) for error in errors]
         improved, leaving = [], []
-        for position, finite in enumerate(self._finite(*parts.values())):
+        for position, sound in enumerate(self._sound(*parts.values())):
             self._log(position, scores)
-            better, leaves = self._judge(position, finite)
+            better, leaves = self._judge(position, sound)
             if better:
                 improved.append(position)
             if leaves:
@@ -313,11 +316,12 @@ class Cohort:
         inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._device))
         return inputs, target
 
-    def _finite(self, *scores: Tensor) -> list[bool]:
-        finite = torch.stack([score.isfinite().all(0) for score in scores]).all(0)
+    def _sound(self, *scores: Tensor) -> list[bool]:
+        """Which runs have not diverged: `scores` are means [2, runs], the loss first."""
+        sound = torch.stack([score[0] <= DIVERGED_LOSS for score in scores]).all(0)
         for parameter in self._network.parameters.values():
-            finite &= parameter.flatten(1).isfinite().all(1)
-        return finite.tolist()
+            sound &= parameter.flatten(1).isfinite().all(1)
+        return sound.tolist()
 
     def _log(self, position: int, scores: dict[str, list[float]]) -> None:
         """Append this epoch's `scores` (by name, one value per stacked run) to the run's history."""
@@ -326,11 +330,11 @@ class Cohort:
         for name, values in scores.items():
             record.history.setdefault(name, []).append(values[position])
 
-    def _judge(self, position: int, finite: bool) -> tuple[bool, bool]:
+    def _judge(self, position: int, sound: bool) -> tuple[bool, bool]:
         """Whether a run's objective is its best so far, and whether the run leaves."""
         run = self._stacked[position]
         record, spec = self.records[run], self.specs[run]
-        if not finite:
+        if not sound:
             record.status = "diverged"
             return False, True
         value = record.history[spec.objective][-1]
@@ -379,7 +383,8 @@ class Cohort:
         for i, position in enumerate(positions):
             run = self._stacked[position]
             record = self.records[run]
-            record.test = {"loss": scores[0][i], "error": scores[1][i] if self._feed.classifies else None}
+            error = _fraction(scores[1][i], len(self._feed.test)) if self._feed.classifies else None
+            record.test = {"loss": scores[0][i], "error": error}
             record.status = "complete"
             self._left[run] = {"best": _one(self._best, position)}
 
@@ -397,6 +402,11 @@ def _scores(history: dict[str, list[float]], prefix: str) -> Scores | None:
         return None
     error = history.get(f"{prefix}error")
     return {"loss": history[f"{prefix}loss"][-1], "error": error[-1] if error else None}
+
+
+def _fraction(error: float, count: int) -> float:
+    """The part of `count` examples that a mean in single precision means."""
+    return round(error * count) / count
 
 
 def _one(stacked: dict[str, Tensor], position: int) -> dict[str, Tensor]:

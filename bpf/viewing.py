@@ -1,7 +1,9 @@
 """Commands that look at what came out."""
 
 import io
+import re
 import sys
+import webbrowser
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from bpf.experiment import Experiment
     from bpf.exporting import Table
 
+_REPORT = re.compile(rb"<!doctype html>.*bpf report</title>", re.DOTALL)
+"""How a report begins."""
+
 Directories = Annotated[
     list[Path] | None,
     typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
@@ -23,7 +28,9 @@ Directories = Annotated[
 
 def status(
     directory: Directory = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Show why cells have failed.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Show why cells have failed, and which have diverged.")
+    ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -32,7 +39,7 @@ def status(
 
     experiment = opened(directory, storage)
     if failed:
-        rows = [row for row in api.rows(experiment) if row.state == "failed"]
+        rows = [row for row in api.rows(experiment) if row.state in ("failed", "diverged")]
         if as_json:
             print_json(
                 [
@@ -40,6 +47,7 @@ def status(
                         "cell": row.name,
                         "algorithm": row.rule,
                         "params": row.chosen,
+                        "state": row.state,
                         "cause": row.cause,
                         "error": row.error,
                     }
@@ -80,7 +88,7 @@ def best(
     elif as_json:
         print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
     else:
-        console.show_results(api.ranking(experiment, top), experiment.grid.objective)
+        console.show_results(api.ranking(experiment, top), experiment.grid.objective, experiment.directory)
 
 
 def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json: bool) -> None:
@@ -98,7 +106,7 @@ def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json:
         writer.writeheader()
         writer.writerows(columns)
     else:
-        console.show_best_per(found, names, experiment.grid.objective)
+        console.show_best_per(found, names, api.varying(experiment), experiment.grid.objective)
 
 
 def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
@@ -138,11 +146,20 @@ def export(
             metavar="results|history|trackers|metrics",
         ),
     ] = "results",
-    format_: Annotated[str, typer.Option("--format", help="How to write it.", metavar="csv|json|parquet")] = "csv",
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="How to write it; by default as the name of the file says, or else csv.",
+            metavar="csv|json|parquet",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The file, or for metrics the folder; csv and json are printed otherwise.",
+            help="The file, or for metrics the folder; csv and json are printed otherwise. Only an earlier export is "
+            "replaced.",
             metavar="PATH",
             show_default=False,
         ),
@@ -154,18 +171,25 @@ def export(
     from bpf.files import write_atomically
 
     known = (*exporting.TABLES, "metrics")
-    for name, value, of in (("what", what, known), ("format", format_, tuple(exporting.FORMATS))):
-        if value not in of:
-            raise UsageError(f"--{name} {value} is not known.{did_you_mean(value, of)}")
+    if what not in known:
+        raise UsageError(f"--what {what} is not known.{did_you_mean(what, known)}")
+    asked, format_ = format_, exporting.format_of(None if what == "metrics" else output, format_)
+    if what == "metrics" and asked not in (None, "parquet"):
+        raise UsageError(f"--what metrics is written as parquet. Leave out --format {asked}.")
     experiment = opened(directory, storage)
     if what == "metrics":
         for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
             typer.echo(path)
         return
-    if format_ == "parquet" and output is None:
+    if output is not None:
+        exporting.check_table(output)
+    elif format_ == "parquet":
         raise UsageError("--format parquet is not for a terminal: give --output FILE.")
     with closing(experiment.open_study(reading=True)) as study:
         table = exporting.table(study, what)
+        if what == "trackers" and not any("/" in name for name in table.columns):
+            why = " yet" if experiment.grid.trackers else ": it has no trackers (`bpf tune --tracker NAME`)"
+            typer.echo(f"Nothing was measured in {experiment.directory}{why}.", err=True)
         if output is None:
             _print_table(table, format_)
         else:
@@ -177,6 +201,7 @@ def _print_table(table: "Table", format_: str) -> None:
 
     if hasattr(sys.stdout, "buffer"):
         write(table, format_, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
     else:  # a notebook's
         file = io.BytesIO()
         write(table, format_, file)
@@ -190,7 +215,11 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The page; by default DIRECTORY/report/index.html.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="The page; by default DIRECTORY/report/index.html. Only an earlier report is replaced.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     figures: Annotated[
         str | None,
@@ -210,14 +239,16 @@ def report(
     storage: Storage = None,
 ) -> None:
     """Write one page on experiments: tables, figures, where the numbers come from. It opens offline."""
+    from bpf.files import check_output
     from bpf.report import report as write
 
     experiments = _several(directories, storage)
     page = output or experiments[0].directory / "report" / "index.html"
+    check_output(page, "report of bpf", _REPORT)
     for path in write(experiments, page, figures, [_pair(one) for one in maps or ()]):
         typer.echo(path)
-    if open_:
-        typer.launch(str(page))
+    if open_ and not webbrowser.open(page.resolve().as_uri()):
+        typer.echo(f"No browser was found; open {page}", err=True)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -286,7 +317,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Loss, error and confusion matrix of a saved model."""
+    """Loss, error and confusion matrix of a saved model: the network of one of a cell's executions."""
     from bpf import console
     from bpf.evaluation import evaluate
 
@@ -304,16 +335,24 @@ def predict(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a saved model makes of images."""
+    """What a saved model makes of images.
+
+    Images of another size are scaled to the model's, keeping their proportions, on black; coloured ones become grey
+    for a model of grey images, and grey ones coloured for one of coloured images.
+    """
     from bpf import console
     from bpf.evaluation import predict
 
-    found = predict(model, images, top, output)
+    found = predict(model, images, top, output, lambda line: typer.echo(line, err=True))
     print_json(found) if as_json else console.show_predictions(found)
 
 
 def onnx(model: Model, output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="FILE")]) -> None:
-    """Write a saved model as ONNX: images uint8 [N, C, H, W] in, logits out."""
+    """Write a saved model as ONNX: images uint8 [N, C, H, W] in, `logits` out.
+
+    A classifier gives one for each class. A network that reconstructs gives one for each pixel, [N, CxHxW]: its tanh
+    with scaler standard, its sigmoid with zero_one, and itself with identity, is the pixel as that scaler has it.
+    """
     from bpf.models import export_onnx
 
     typer.echo(export_onnx(model, output))

@@ -1,8 +1,7 @@
 """Kill bpf's processes: at named places of the code, or by a signal at any moment.
 
-Run as a script, this file is the command line `bpf` with places where it may kill itself. multiprocessing runs the main
-script again in each worker, so the places are there as well. Imported, it starts such commands, hears what happens in
-their processes and compares what came out.
+Run as a script, this file is the command line `bpf` with places where it may kill itself, and so may its workers.
+Imported, it starts such commands, hears what happens in their processes and compares what came out.
 """
 
 import faulthandler
@@ -18,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,14 +25,13 @@ from typing import Any, NamedTuple, Self
 import optuna
 from optuna.samplers import GridSampler
 
-from bpf import api
+from bpf import api, cli, supervisor, worker
 from bpf.experiment import open_experiment
 from bpf.plan import Row
+from bpf.worker import Job
 
 FIFO, TOKEN = "BPF_CHAOS_FIFO", "BPF_CHAOS_TOKEN"
 HANG_SECONDS = 90.0
-IS_SCRIPT = __name__ in ("__main__", "__mp_main__")
-ROLE = "worker" if __name__ == "__mp_main__" else "supervisor"
 
 # Where a process may kill itself, before a function or after it, and about how often a cohort passes there.
 TRAINING = {
@@ -83,8 +82,8 @@ def places(of: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def install() -> None:
-    """Make each place of this process's role one where it may kill itself."""
+def install(role: str) -> None:
+    """Make each place of a role, supervisor or worker, one where this process may kill itself."""
     faulthandler.register(signal.SIGUSR2)  # to see where a process hangs
     passes: Counter[tuple[str, str]] = Counter()
     token = Path(os.environ[TOKEN])
@@ -92,7 +91,7 @@ def install() -> None:
 
     def tell(kind: str, place: str = "-") -> None:
         with suppress(OSError):  # nobody listens any more
-            os.write(fifo, f"{kind} {os.getpid()} {ROLE} {place}\n".encode())
+            os.write(fifo, f"{kind} {os.getpid()} {role} {place}\n".encode())
 
     def passing(place: str) -> None:
         try:
@@ -122,11 +121,11 @@ def install() -> None:
 
         @functools.wraps(original)
         def deadly(*args: Any, **kwargs: Any) -> Any:
-            passing(f"{ROLE} before {function}")
+            passing(f"{role} before {function}")
             result = original(*args, **kwargs)
             if function in STORED:
                 tell("stored", function)
-            passing(f"{ROLE} after {function}")
+            passing(f"{role} after {function}")
             return result
 
         setattr(owner, last, deadly)
@@ -347,9 +346,19 @@ def needed(directory: Path) -> list[str]:
     return sorted(["experiment.yaml", "locks/making-tables", "running.lock", "study.db", *models])
 
 
-if IS_SCRIPT:
-    install()
-    if ROLE == "supervisor":
-        from bpf.cli import main
+def work(job: Job, connection: Connection) -> None:
+    """The life of a worker process that may kill itself."""
+    install("worker")
+    worker.work(job, connection)
 
-        main(sys.argv[1:])
+
+def main() -> None:
+    install("supervisor")
+    supervisor.work = work
+    cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    import chaos  # as workers import it
+
+    chaos.main()

@@ -758,4 +758,4 @@ def test_a_reader_that_leaves_early() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 141

@@ -85,7 +85,19 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
     assert {row.state for row in rows} <= {"complete", "diverged"}
     fixed = dict(itertools.pairwise(arguments))
     assert {row.spec["problem_type"] for row in rows} == {fixed.get("--problem-type", "classification")}
-    assert {row.rule for row in rows} == set(fixed.get("--algorithm", "bp,dfa,drtp,ll-cce,ll-mse").split(","))
+    if "--spec" not in fixed:
+        assert {row.rule for row in rows} == set(fixed["--algorithm"].split(","))
+
+
+def test_the_readmes_two_phases(tmp_path: Path) -> None:
+    size = [word for option, value in SMALL.items() if option != "--lr" for word in (option, value)]
+    for name, rates in (("learning-rates", ["--lr", "0.001,0.01"]), ("dropout", [])):
+        assert f"bpf tune --spec examples/{name}.yaml" in [command.strip() for command in COMMANDS]
+        run(["tune", "--spec", str(ROOT / "examples" / f"{name}.yaml"), *size, *rates, "--quiet"])
+    rows = api.rows(open_experiment(tmp_path / "runs" / "fmnist-bp+dfa-val_loss"))
+    assert {row.spec["lr"] for row in rows} <= {0.001, 0.01}
+    assert "lr" not in rows[0].params
+    assert len({row.params["dropout"] for row in rows}) > 1
 
 
 def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

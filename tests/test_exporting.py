@@ -83,6 +83,22 @@ def test_results_have_a_record_per_cell(experiment: Experiment) -> None:
     assert all(list(record) == list(columns) for record in records)
 
 
+def test_results_say_what_was_minimised_and_when_it_was_best(experiment: Experiment, tmp_path: Path) -> None:
+    columns, records = table(experiment, "results")
+    names = list(columns)
+    assert names.index("objective") == names.index("objective_name") + 1
+    assert (columns["objective_name"], columns["best_epoch"]) == (str, float)
+    assert {(r["objective_name"], r["best_epoch"]) for r in records} == {("loss", 3.0)}
+
+    def uneven(row: Row, number: int) -> dict[str, Any]:
+        return record(number, [3.0, 2.0, 1.0] if number else [1.0, 2.0, 3.0])
+
+    _, [cell] = table(finished(tmp_path / "uneven", uneven, executions_per_trial=2), "results")
+    assert cell["best_epoch"] == 2.0  # the median of 1 and 3
+    _, [cell] = table(planned(tmp_path / "planned"), "results")
+    assert (cell["objective_name"], cell["best_epoch"]) == ("loss", None)
+
+
 def test_history_has_a_record_per_epoch_of_each_execution(experiment: Experiment) -> None:
     columns, records = table(experiment, "history")
     assert columns == HEAD | {
@@ -287,6 +303,62 @@ def test_metrics_are_in_row_groups_and_replace_what_was_there(
         assert sorted(tmp_path.iterdir()) == paths
         sizes = parquet.ParquetFile(paths[0]).metadata
         assert [sizes.row_group(i).num_rows for i in range(sizes.num_row_groups)] == [8, 8, 4]
+
+
+def test_metrics_replace_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
+    other = tmp_path / "dfa.parquet"
+    other.write_text("mine")
+    with pytest.raises(UsageError) as refused:
+        exporting.metrics(experiment, tmp_path)
+    assert str(refused.value) == (
+        f"{other} exists and is no table that bpf has exported, so it is not replaced. Choose another name."
+    )
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("dfa.parquet", "mine")]
+    models = experiment.directory / "models"
+    with pytest.raises(UsageError) as refused:
+        exporting.metrics(experiment, models)
+    assert str(refused.value) == (
+        f"{models} belongs to the experiment {experiment.directory} itself. Choose another place."
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "asked", "format"),
+    [
+        (None, None, "csv"),
+        (None, "json", "json"),
+        ("x.parquet", None, "parquet"),
+        ("x.JSON", None, "json"),
+        ("x.csv", "csv", "csv"),
+        ("x.txt", None, "csv"),
+        ("x", "parquet", "parquet"),
+        ("x.v2", "json", "json"),
+    ],
+)
+def test_the_format_is_that_of_the_name(output: str | None, asked: str | None, format: str) -> None:
+    assert exporting.format_of(None if output is None else Path(output), asked) == format
+
+
+def test_a_name_and_a_format_that_differ_are_refused() -> None:
+    with pytest.raises(UsageError) as refused:
+        exporting.format_of(Path("x.parquet"), "csv")
+    assert str(refused.value) == "x.parquet is not written as csv. Leave out --format csv, or name a .csv file."
+
+
+@pytest.mark.parametrize("what", exporting.TABLES)
+@pytest.mark.parametrize("format", exporting.FORMATS)
+def test_only_an_earlier_table_is_replaced(experiment: Experiment, tmp_path: Path, what: str, format: str) -> None:
+    pytest.importorskip("pyarrow")
+    output = tmp_path / "out"
+    exporting.check_table(output)
+    output.touch()
+    exporting.check_table(output)
+    output.write_bytes(written(experiment, what, format))
+    exporting.check_table(output)
+    for content in (b"SQLite format 3\0", b"format: 2\n", b"a,b\n1,2\n", b'{"cell": 1}'):
+        output.write_bytes(content)
+        with pytest.raises(UsageError, match="exists and is no table that bpf has exported"):
+            exporting.check_table(output)
 
 
 def test_rules_that_have_trained_nothing_have_no_file(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_what_was_taken_in_words() -> None:
         "algorithm": "bp",
         "params": {"arch": "16", "batch_norm": False},
         "lr": 0.1,
-        "objective": {"mean": 0.1234, "std": 0.0},
+        "objective": {"mean": 0.1234, "std": None},
         "reason": "1 failed of 2 cells",
     }
     assert told["missing"][0]["reason"] == "2 diverged of 2 cells"

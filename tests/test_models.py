@@ -215,6 +215,23 @@ def test_a_module_tells_what_it_is(model, digits):
     assert json.loads(json.dumps(told)) == told
 
 
+def test_paths_may_be_text(model, tmp_path, digits):
+    [file] = folder_of(tmp_path / "pictures", digits, 1)
+    assert models.load(str(model)).shape == models.read(str(model)).shape == (1, 8, 8)
+    assert models.info(str(model)) == models.info(model)
+    assert evaluate(str(model), data_dir=tmp_path) == evaluate(model, data_dir=tmp_path)
+    assert predict(str(model), [str(file)]) == predict(model, [file])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 8, 9), (2, 1, 64), (1, 8, 8), (8, 8)])
+def test_images_of_another_shape_are_refused_by_name(shape, model, capfd):
+    """64 inputs in another arrangement too: they would be other images."""
+    with pytest.raises(AssertionError) as caught:
+        models.load(model)(torch.zeros(shape, dtype=torch.uint8))
+    assert str(caught.value) == "This network takes images of shape [N, C, H, W] = [N, 1, 8, 8]."
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_module_can_be_trained_further(model, digits):
     module = models.load(model)
     loss = torch.nn.functional.cross_entropy(module(digits.test_images), digits.test_labels)
@@ -233,6 +250,10 @@ program = torch.export.load("module.pt2").module()
 with torch.no_grad():
     torch.save([module(images), program(images)], "logits.pt")
 print(*module.classes, module.shape, module.spec["algorithm"], module.training)
+try:
+    module(torch.zeros(2, 3, 32, 32))
+except AssertionError as error:
+    print(error)
 assert not any(name.startswith("bpf.") for name in sys.modules)
 """
 
@@ -245,13 +266,31 @@ def test_what_torch_saves_of_a_module_runs_where_bpf_is_not(model, tmp_path, dig
     torch.save(images[:123], tmp_path / "images.pt")
     command = [sys.executable, "-W", "error", "-c", ELSEWHERE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("0 1 2 3 4 5 6 7 8 9 (1, 8, 8) bp False\n", "")
+    told = ["0 1 2 3 4 5 6 7 8 9 (1, 8, 8) bp False"]
+    told += ["This network takes images of shape [N, C, H, W] = [N, 1, 8, 8]."]
+    assert (done.stdout.splitlines(), done.stderr) == (told, "")
     with torch.no_grad():
         here = module(images[:123])
     assert all(torch.equal(there, here) for there in torch.load(tmp_path / "logits.pt"))
 
 
 # Files that are refused
+
+
+def test_a_directory_of_models_lists_them(tmp_path, model):
+    places = [tmp_path / "ex" / "models" / rule / "key.safetensors" for rule in ("bp", "dfa")]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(model.read_bytes())
+    listed = "".join(f"\n  {place}" for place in places)
+    for directory in (tmp_path / "ex", tmp_path / "ex" / "models"):
+        assert refusal(directory) == f"{directory} is a directory. Name one of its models:{listed}"
+        assert refused(evaluate, directory) == refusal(directory)
+    assert refusal(places[0].parent) == (f"{places[0].parent} is a directory. Name one of its models:\n  {places[0]}")
+    for number in range(12):
+        (places[0].parent / f"{number:02}.safetensors").write_bytes(b"")
+    lines = refusal(places[0].parent).splitlines()
+    assert (len(lines), lines[10], lines[11]) == (12, f"  {places[0].parent / '09.safetensors'}", "  and 3 more")
 
 
 def test_a_missing_model_and_a_directory_are_named(tmp_path):
@@ -397,15 +436,38 @@ def test_scores_count_who_is_taken_for_whom(model, tmp_path, digits):
     reference = torch.nn.functional.cross_entropy(logits, digits.test_labels).item()
     assert scores == {
         "model": str(model),
+        "algorithm": "bp",
+        "params": {
+            **{"arch": "24-16", "activation": "tanh", "batch_norm": True, "init": "orthogonal", "optimizer": "adam"},
+            **{"lr": 0.01, "weight_decay": 0.0, "batch_size": 64, "dropout": 0.0, "skew": "none"},
+        },
+        "seed": 0,
         "dataset": "digits",
         "part": "test",
         "examples": 360,
         "loss": pytest.approx(reference, rel=1e-6),
-        "error": pytest.approx(sum(t != p for t, p in zip(true, taken, strict=True)) / 360),
+        "error": sum(t != p for t, p in zip(true, taken, strict=True)) / 360,
         "classes": DIGITS,
         "confusion": confusion,
     }
     assert json.loads(json.dumps(scores)) == scores
+
+
+def test_scores_say_which_execution_they_are_of(tmp_path, digits):
+    """With the parameters of a grid's cell; a rule that is not installed here has all that are tunable."""
+    cohort = trained(digits, algorithm="dfa", skew_type="step", imbalance_factor=5)
+    path = saved(tmp_path / "m.safetensors", cohort, digits, 2)
+    scores = evaluate(path, data_dir=tmp_path)
+    assert (scores["algorithm"], scores["seed"], scores["params"]["skew"]) == ("dfa", 2, "step:5")
+    assert scores["params"]["bw_init"] == cohort.specs[2].bw_init
+    absent = cohort.specs[2].model_copy(update={"algorithm": "elsewhere"})
+    models.save(path, cohort.best_network(2), absent, digits.shape, digits.classes)
+    scores = evaluate(path, data_dir=tmp_path)
+    assert (scores["algorithm"], scores["seed"]) == ("elsewhere", 2)
+    assert {name: scores["params"][name] for name in ("arch", "skew_type", "imbalance_factor")} == {
+        **{"arch": "24-16", "skew_type": "step", "imbalance_factor": 5.0},
+    }
+    assert "algorithm" not in scores["params"]
 
 
 def test_train_and_val_are_the_runs_own(model, tmp_path, digits):
@@ -555,7 +617,7 @@ def test_predictions_are_the_models_best_classes(model, tmp_path, digits):
     found = predict(model, [tmp_path / "pictures"], top=3)
     assert [one["file"] for one in found[::3]] == sorted(expected)
     assert found == [
-        {"file": file, "rank": rank, "class": name, "probability": value}
+        {"file": file, "rank": rank, "class": name, "probability": value, "converted": False}
         for file in sorted(expected)
         for rank, (value, name) in enumerate(expected[file], 1)
     ]
@@ -565,6 +627,7 @@ def test_predictions_are_the_models_best_classes(model, tmp_path, digits):
             "rank": 1,
             "class": expected[str(files[5])][0][1],
             "probability": pytest.approx(expected[str(files[5])][0][0], rel=1e-5),
+            "converted": False,
         }
     ]
     whole = predict(model, [files[0]], top=99)
@@ -579,7 +642,8 @@ def test_outputs_that_are_no_probabilities_are_called_scores(loss, tmp_path, dig
     with torch.no_grad():
         scores = models.load(path)(digits.test_images[:1]).sigmoid()[0]
     [found] = predict(path, [file])
-    assert found == {"file": str(file), "rank": 1, "class": str(int(scores.argmax())), "score": scores.max().item()}
+    best = {"class": str(int(scores.argmax())), "score": scores.max().item()}
+    assert found == {"file": str(file), "rank": 1, **best, "converted": False}
 
 
 def colourful(path: Path, rng, size) -> np.ndarray:
@@ -597,9 +661,26 @@ def test_colour_becomes_grey_as_pil_makes_it(model, tmp_path, digits):
     with Image.open(tmp_path / "coloured.png") as image:
         image.convert("L").save(tmp_path / "grey.png")
     names = [grey, *(tmp_path / name for name in ("stored-in-colour.png", "coloured.png", "grey.png"))]
-    one, same, other, other_same = ({**p, "file": ""} for p in predict(model, names))
+    found = predict(model, names)
+    assert [p["converted"] for p in found] == [False, True, True, False]
+    one, same, other, other_same = ((p["class"], p["probability"]) for p in found)
     assert one == same
     assert other == other_same
+
+
+def test_it_is_told_how_images_were_converted(model, tmp_path, digits):
+    """In size or in colour, for each image and in one line for all."""
+    [exact] = folder_of(tmp_path / "pictures", digits, 1)
+    for number, size in enumerate([(32, 32), (32, 32), (16, 24)]):
+        colourful(tmp_path / f"{number}.png", np.random.default_rng(number), size)
+    told: list[str] = []
+    assert predict(model, [exact], tell=told.append)[0]["converted"] is False
+    assert told == []
+    found = predict(model, [exact, *(tmp_path / f"{number}.png" for number in range(3))], top=2, tell=told.append)
+    assert [one["converted"] for one in found] == [False] * 2 + [True] * 6
+    assert told == [
+        "3 of 4 images were converted to the model's 1x8x8 (channels x height x width), from 3x32x32, 3x16x24"
+    ]
 
 
 def test_grey_becomes_colour_and_sizes_become_the_models(tmp_path):
@@ -633,7 +714,8 @@ def test_reconstructions_are_written_as_images(tmp_path, digits):
         found = predict(path, [*files, again], output=output)
         names = ["000.png", "001.png", "002.png", "000-2.png"]
         assert found == [
-            {"file": str(file), "output": str(output / name)} for file, name in zip([*files, again], names, strict=True)
+            {"file": str(file), "output": str(output / name), "converted": False}
+            for file, name in zip([*files, again], names, strict=True)
         ]
         with torch.no_grad():
             outputs = squash(models.load(path)(digits.test_images[:3]))
@@ -649,6 +731,10 @@ def test_reconstructions_are_written_as_images(tmp_path, digits):
         )
         assert refused(predict, path, files) == (
             f"{path} reconstructs images; name a directory for them with --output."
+        )
+        (tmp_path / "experiment.yaml").touch()
+        assert refused(predict, path, files, output=tmp_path / "models" / "new") == (
+            f"{tmp_path / 'models' / 'new'} belongs to the experiment {tmp_path} itself. Choose another place."
         )
 
 
@@ -701,6 +787,20 @@ def test_onnx_gives_the_same_logits_for_any_number_of_images(changes, tmp_path, 
     told = session.get_modelmeta().custom_metadata_map
     assert (json.loads(told["classes"]), json.loads(told["shape"])) == (DIGITS, [1, 8, 8])
     assert json.loads(told["spec"]) == module.spec
+
+
+def test_onnx_replaces_nothing_but_onnx(model, tmp_path):
+    pytest.importorskip("onnxscript")
+    before = model.read_bytes()
+    assert refused(models.export_onnx, model, model) == (
+        f"{model} exists and is no ONNX file, so it is not replaced. Choose another name."
+    )
+    assert model.read_bytes() == before
+    output = tmp_path / "m.onnx"
+    output.touch()
+    for _ in range(2):
+        assert models.export_onnx(str(model), str(output)) == output
+    assert output.stat().st_size > 1000
 
 
 def test_onnx_without_its_packages_says_what_to_install(model, tmp_path, monkeypatch):

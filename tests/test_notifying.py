@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bpf import notifying
-from bpf.notifying import Notifier, hidden, shown, summarize
+from bpf import cli, notifying
+from bpf.errors import UsageError
+from bpf.notifying import Notifier, check, hidden, shown, summarize
 from bpf.plan import Row
 from invented import finished, planned, record
 
@@ -157,6 +158,67 @@ def test_a_target_that_makes_no_sense_only_warns(target: str, known: str) -> Non
 )
 def test_targets_are_shown_without_their_secrets(target: str, known: str) -> None:
     assert shown(target) == known
+
+
+NEITHER = "is neither a http(s) URL nor a shell command."
+REFUSED = {
+    "": f"'' {NEITHER}",
+    " \t": f"'' {NEITHER}",
+    "ftp://x/s3cret": f"ftp://... {NEITHER}",
+    "mailto:s3cret@example.org": f"mailto:... {NEITHER}",
+    "https:example.org/s3cret": f"https:... {NEITHER}",
+    "http://": "http:///... cannot be told: the URL has no host, or none with a port.",
+    "https:///s3cret": "https:///... cannot be told: the URL has no host, or none with a port.",
+    "http://[s3cret": "http:///... cannot be told: the URL has no host, or none with a port.",
+    "http://a.org:s3cret/": "http:///... cannot be told: the URL has no host, or none with a port.",
+    "https://a.org/s3cret path": "https://a.org/... cannot be told: a URL has no spaces.",
+    "https://me:s3cret@a.org/": "https://a.org/... cannot be told: "
+    "a user name or a password in a URL would not be sent.",
+}
+
+
+@pytest.mark.parametrize(("target", "problem"), REFUSED.items())
+def test_what_cannot_be_told_is_refused_at_the_start(
+    target: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        check(["true", target])
+    assert str(refused.value) == f"--notify {problem}"
+    known = finished(tmp_path / "known", lambda row, number: record(number, [1.0]))
+    before = (known.directory / "experiment.yaml").read_bytes()
+    new = [
+        str(tmp_path / "new"),
+        "--dataset",
+        "digits",
+        "--algorithm",
+        "bp",
+        "--arch",
+        "8",
+        "--data-dir",
+        str(tmp_path),
+    ]
+    for words in (["tune", *new], ["train", *new], ["resume", str(known.directory)]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*words, "--notify", target, "--quiet"])
+        assert (end.value.code, capsys.readouterr().err) == (2, f"Error: --notify {problem}\n")
+    assert (known.directory / "experiment.yaml").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(
+            "https://hooks.example.org/T0/s3cret",
+            "HTTP://127.0.0.1:8080/",
+            "./tell",
+            "notify-send 'http://a.org ended'",
+        ),
+        *("cat >> log; echo >> log", "curl ftp://a.org/", "TOKEN=a:b tell"),
+    ],
+)
+def test_urls_and_commands_are_accepted(target: str) -> None:
+    check([target])
 
 
 def test_command_lines_are_remembered_without_targets() -> None:

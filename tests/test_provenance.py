@@ -95,9 +95,13 @@ def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
     assert provenance([])["versions"]["no-such-library"] is None
 
 
+def state(root, commit, branch, changed):
+    return {"root": str(root), "commit": commit, "branch": branch, "dirty": changed > 0, "changed_files": changed}
+
+
 def test_a_clean_repository(place):
     commit = repository(place, a="1")
-    assert provenance([])["git"] == {"commit": commit, "branch": "main", "dirty": False, "changed_files": 0}
+    assert provenance([])["git"] == state(place, commit, "main", 0)
 
 
 def test_changed_files_are_counted_wherever_one_stands(place, monkeypatch):
@@ -109,7 +113,7 @@ def test_changed_files_are_counted_wherever_one_stands(place, monkeypatch):
     write(place, untracked="1")
     Path("below").mkdir()
     monkeypatch.chdir("below")
-    assert provenance([])["git"] == {"commit": commit, "branch": "main", "dirty": True, "changed_files": 4}
+    assert provenance([])["git"] == state(place, commit, "main", 4)
 
 
 def test_a_file_name_with_a_line_break_is_one_file(place):
@@ -121,12 +125,12 @@ def test_a_file_name_with_a_line_break_is_one_file(place):
 def test_a_detached_head_has_no_branch(place):
     commit = repository(place, a="1")
     git("checkout", "--detach")
-    assert provenance([])["git"] == {"commit": commit, "branch": None, "dirty": False, "changed_files": 0}
+    assert provenance([])["git"] == state(place, commit, None, 0)
 
 
 def test_a_repository_without_commits_has_no_commit(place):
     git("init", "-b", "main")
-    assert provenance([])["git"] == {"commit": None, "branch": "main", "dirty": False, "changed_files": 0}
+    assert provenance([])["git"] == state(place, None, "main", 0)
 
 
 def test_a_remote_is_not_recorded(place):
@@ -183,7 +187,7 @@ def test_the_source_tree_of_bpf(place, monkeypatch):
     write(package, __init__="1")
     found = provenance([])
     assert found["git"] is None
-    assert found["bpf_git"] == {"commit": commit, "branch": "main", "dirty": True, "changed_files": 1}
+    assert found["bpf_git"] == state(place / "source", commit, "main", 1)
 
 
 def test_a_hook_of_another_repository_does_not_mislead(place, monkeypatch):

@@ -71,7 +71,7 @@ def test_the_report_of_a_grid_over_five_rules(
     assert len(figures) > 10
     for width, dark in ((1200, False), (390, True)):
         shown = check_page(page, "fashion-mnist", width, dark, tmp_path / "profile")
-        assert shown.count("<section") == 13
+        assert shown.count("<section") == 12
         assert shown.count("<svg") == len(figures)
     bpf("export", tmp_path / "grid", "--what", "trackers", "--format", "json")
     trackers = json.loads(capsys.readouterr().out)

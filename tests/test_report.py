@@ -18,14 +18,18 @@ from bpf import api, cli
 from bpf.errors import UsageError
 from bpf.experiment import open_experiment
 from bpf.plan import Row
-from bpf.report import comparing, memory, report, tables
+from bpf.report import comparing, drawing, figure_sections, figures, memory, report, tables, text_sections
+from bpf.report.block import block
 from bpf.report.drawing import Palette, short, word
 from browser import check_page
 
+NAN = pytest.approx(math.nan, nan_ok=True)
+
 SECTIONS = [
-    "run", "ranking", "pairs", "curves", "lr", "maps", "effects", "alignment", "divergence", "coverage", "images",
-    "costs", "provenance",
+    "run", "ranking", "pairs", "curves", "lr", "maps", "effects", "alignment", "divergence", "coverage", "costs",
+    "provenance",
 ]  # fmt: skip
+"""Of a classification by several rules whose parameters vary."""
 
 
 def cell(rule, objectives, *, state="complete", tests=None, seeds=None, seconds=2.0, epochs=4, **params):
@@ -94,19 +98,51 @@ def test_rules_are_compared_by_their_best_cells_at_equal_settings_paired_by_seed
         # 30 units
         cell("bp", [0.40, 0.40], tests=[0.20, 0.20], lr=0.1, arch="30"),
         cell("dfa", [0.30, 0.40], tests=[0.21, 0.23], lr=0.1, bw_init="ortho", arch="30"),
-        # 40 units: no partner
-        cell("bp", [0.10, 0.10], lr=0.1, arch="40"),
-        cell("dfa", [], state="diverged", lr=0.1, bw_init="ortho", arch="40"),
+        # 40 units
+        cell("bp", [0.10, 0.10], tests=[0.3, 0.3], lr=0.1, arch="40"),
+        cell("dfa", [0.15, 0.15], tests=[0.32, 0.32], lr=0.1, bw_init="ortho", arch="40"),
+        # 50 units: no partner
+        cell("bp", [0.10, 0.10], lr=0.1, arch="50"),
     ]
     (found,) = comparing.compare(rows)
-    # objective: mean of (0.60 - 0.70, 0.70 - 0.90) = -0.15, and of (0.1, 0) = 0.05
-    assert (found.first, found.second, found.settings, found.wins, found.unmatched) == ("bp", "dfa", 2, 1, 1)
+    # objective: mean of (0.60 - 0.70, 0.70 - 0.90) = -0.15, of (0.1, 0) = 0.05, and -0.05
+    assert (found.first, found.second, found.settings, found.wins) == ("bp", "dfa", 3, 2)
+    assert (found.lost, found.left_out) == ((0, 0), 1)
     assert found.objective.mean == pytest.approx(-0.05)
-    assert (found.objective.count, found.objective.over) == (2, "settings")
-    half = 12.706204736 * 0.1 * math.sqrt(2) / math.sqrt(2)  # t(1) * std / sqrt(n); std of -0.15 and 0.05 is 0.1 √2
+    assert (found.objective.count, found.objective.over) == (3, "settings")
+    half = 4.302652730 * 0.1 / math.sqrt(3)  # t(2) * std / sqrt(n); the std of -0.15, 0.05 and -0.05 is 0.1
     assert found.objective.interval == pytest.approx((-0.05 - half, -0.05 + half))
-    # test error: mean of (0.11 - 0.15, 0.12 - 0.18) = -0.05, and of (-0.01, -0.03) = -0.02
-    assert found.test["error"].mean == pytest.approx(-0.035)
+    # test error: mean of (0.11 - 0.15, 0.12 - 0.18) = -0.05, of (-0.01, -0.03) = -0.02, and -0.02
+    assert found.test["error"].mean == pytest.approx(-0.03)
+
+
+def test_a_rule_whose_cells_all_diverged_has_lost_the_setting():
+    rows = [
+        cell("bp", [0.3], lr=0.1, act="tanh"),
+        cell("dfa", [0.2], lr=0.1, act="tanh"),
+        # lost by dfa, at every learning rate and with every feedback
+        cell("bp", [0.3], lr=0.1, act="relu"),
+        cell("dfa", [], state="diverged", lr=0.1, bw_init="ortho", act="relu"),
+        cell("dfa", [], state="diverged", lr=0.2, bw_init="lecun", act="relu"),
+        # lost by bp
+        cell("bp", [], state="diverged", lr=0.1, act="elu"),
+        cell("dfa", [0.4], lr=0.1, act="elu"),
+        # not decided: both diverged, one may still end well, one may be tried again, one is not there
+        cell("bp", [], state="diverged", lr=0.1, act="a"),
+        cell("dfa", [], state="diverged", lr=0.1, act="a"),
+        cell("bp", [0.3], lr=0.1, act="b"),
+        cell("dfa", [], state="diverged", lr=0.1, act="b"),
+        cell("dfa", [], state="pending", lr=0.2, act="b"),
+        cell("bp", [0.3], lr=0.1, act="c"),
+        cell("dfa", [], state="diverged", lr=0.1, act="c"),
+        cell("dfa", [], state="failed", lr=0.2, act="c"),
+        cell("bp", [0.3], lr=0.1, act="d"),
+    ]
+    (found,) = comparing.compare(rows)
+    assert (found.settings, found.wins, found.lost, found.left_out) == (3, 1, (1, 1), 4)
+    assert (found.objective.mean, found.objective.count) == (pytest.approx(0.1), 1)
+    (lost,) = comparing.compare(rows[2:5])
+    assert (lost.settings, lost.wins, lost.lost, lost.objective, lost.test) == (1, 1, (0, 1), None, {})
 
 
 def test_with_one_setting_the_interval_is_over_seeds():
@@ -118,10 +154,11 @@ def test_with_one_setting_the_interval_is_over_seeds():
     assert found.objective.interval == pytest.approx((-0.2 - half, -0.2 + half))
 
 
-def test_a_single_pair_has_no_interval():
-    rows = [cell("bp", [0.1], lr=0.1, arch="20"), cell("dfa", [0.3], lr=0.1, arch="20")]
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_pairs_have_no_interval(seeds):
+    rows = [cell("bp", [0.1, 0.1][:seeds], lr=0.1, arch="20"), cell("dfa", [0.2, 0.4][-seeds:], lr=0.1, arch="20")]
     (found,) = comparing.compare(rows)
-    assert found.objective == comparing.Difference(pytest.approx(-0.2), None, 1, "seeds")
+    assert found.objective == comparing.Difference(pytest.approx(-0.3 if seeds == 1 else -0.2), None, seeds, "seeds")
 
 
 def test_rules_without_a_common_setting_are_not_compared():
@@ -165,12 +202,27 @@ def test_students_distribution_becomes_the_normal_one():
 
 def test_a_band_is_mean_and_sample_deviation_over_executions():
     band = tables.band([((1, 2, 3), [1.0, 2.0, 9.0]), ((1, 2), [3.0, None])])
-    assert band == tables.Band([1, 2], [2.0, 2.0], [pytest.approx(math.sqrt(2)), 0.0], cut=True)
+    assert band == tables.Band([1, 2], [2.0, 2.0], [pytest.approx(math.sqrt(2)), NAN], cut=True)
     assert tables.band([(range(1, 3), [1.0, 2.0])]) == tables.Band([1, 2], [1.0, 2.0], None)
     assert tables.band([]) is None
     empty = tables.band([((1,), [None]), ((1,), [None])])
     assert math.isnan(empty.mean[0])
     assert math.isnan(empty.std[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("layer.0", ("", 0, "hidden 1")),
+        ("layer.2", ("", None, "output")),
+        ("layer.1.saturated", ("saturated", 1, "hidden 2")),
+        ("weight.2", ("weight", None, "output")),
+        ("layer.3", ("layer.3", None, "network")),
+        ("rank", ("rank", None, "network")),
+    ],
+)
+def test_what_trackers_measure_is_of_a_layer_of_the_network(name, of):
+    assert tables.place(name, hidden=2) == of
 
 
 def test_curves_are_those_of_complete_executions():
@@ -241,6 +293,8 @@ def test_maps_have_the_best_value_and_the_diverged_fraction_of_each_place():
     assert (best.rows, best.columns) == (["tanh", "relu"], [0.1, 1.0])
     assert best.values == [[0.2, 0.9], [None, None]]
     assert best.counts == [[2, 2], [0, 1]]
+    wider = tables.best_map(rows[:1], "act", "lr", among=rows)
+    assert (wider.rows, wider.columns, wider.values) == (best.rows, best.columns, [[0.4, None], [None, None]])
     assert tables.divergence_map(rows, "act", "lr").values == [[0.0, 0.5], [None, 1.0]]
 
 
@@ -276,6 +330,40 @@ def test_each_rule_keeps_its_colour_whatever_stands_beside_it():
 )
 def test_numbers_in_figures_are_short(value, text):
     assert short(value) == text
+
+
+def test_scales_are_logarithmic_for_positive_values_that_are_far_apart():
+    assert drawing.wide([0.01, 1.0, math.nan])
+    assert not drawing.wide([0.5, 1.0])
+    assert not drawing.wide([0.0, 1.0])
+    assert not drawing.wide([])
+
+
+def test_a_map_tells_diverged_places_from_those_never_run_and_clips_its_colours():
+    rows = [
+        cell("bp", [0.1], lr=0.1, act="tanh"),
+        cell("bp", [1e6], lr=1.0, act="tanh"),
+        cell("bp", [], state="diverged", lr=0.1, act="relu"),
+        cell("bp", [], state="pending", lr=1.0, act="relu"),
+    ]
+    figure = figures.best_maps({"bp": tables.best_map(rows, "act", "lr")}, "training loss (nats)")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0.100", "1e6", "×", "–"]
+    (mesh,) = axes.collections
+    assert (mesh.norm.vmin, mesh.norm.vmax, type(mesh.norm).__name__) == (0.1, 10.0, "LogNorm")
+
+
+def test_each_statistic_of_a_tracker_has_panels_and_each_layer_its_line():
+    band = tables.Band([0, 1], [0.5, 0.6], None)
+    looks = {"hidden 1": drawing.layer(0, 2), "hidden 2": drawing.layer(1, 2), "output": drawing.layer(None, 2)}
+    of_bp = {"hidden 1": band, "output": band}
+    shown = {"mean": {"bp": of_bp, "dfa": looks.fromkeys(looks, band)}, "dead": {"bp": of_bp}}
+    figure = figures.tracked(shown, "activations", looks)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["activations\nmean", "", "activations\ndead", ""]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(looks)
+    assert [len(axes.lines) for axes in figure.axes] == [2, 3, 2, 0]
+    assert figure.axes[0].lines[1].get_color() == figure.axes[1].lines[2].get_color() == drawing.INK
 
 
 def test_words_in_figures_are_those_of_the_tables():
@@ -351,9 +439,13 @@ def page(experiments, tmp_path_factory):
 def test_a_page_has_every_section_of_every_experiment(page):
     found, written, output = page
     assert written[0] == output
-    for number in (1, 2, 3):
-        assert [name for name in SECTIONS if f"e{number}-{name}" not in found.text] == []
-    assert "all-across" in found.text
+    assert list(found.text)[1:] == [
+        "all-across",
+        *(f"e1-{name}" for name in SECTIONS),
+        *(f"e2-{name}" for name in [*SECTIONS[:-2], "images", *SECTIONS[-2:]]),
+        *(f"e3-{name}" for name in [*SECTIONS[:-2], "images", *SECTIONS[-2:]] if name != "pairs"),
+    ]
+    assert {"#all", "#e1", "#e2", "#e3"} <= set(found.references)
     assert len(found.ids) == len(set(found.ids))
 
 
@@ -380,6 +472,8 @@ def test_figures_take_the_pages_colour_and_have_text(page):
     found, _, _ = page
     assert "currentColor" in found.source
     assert "#000000" not in found.source
+    assert "stroke: var(--0072b2, #0072b2)" in found.source
+    assert "--0072b2: #4fa8e0" in found.source
     assert re.search(r"<text[^>]*>training loss \(nats\)</text>", found.source)
 
 
@@ -388,12 +482,44 @@ def test_sections_without_data_say_why(page):
     none = "No tracker was given: --tracker bp_cosine, --tracker weight_alignment."
     assert text["e2-alignment"] == f"Alignment and other measurements over time {none}"
     assert text["e1-divergence"] == "Divergence No cell has diverged."
-    assert text["e1-images"] == "Reconstructions The problem is classification: nothing is reconstructed."
-    assert text["e3-pairs"] == "Rule against rule at equal settings There is one rule only."
+
+
+def test_the_page_says_what_was_held_out_and_which_seeds_there_were(page):
+    text = page[0].text["e1-run"]
+    assert "data set digits, 20 % of the training images held out 10 % of these for validation" in text
+    assert "seeds seeds 0 to 1 of the executions; data seed 0 of subset, validation split and skew" in text
+    assert "seeds seed 0 of the executions;" in page[0].text["e2-run"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0019, "1.90 ms"), (0.1, "100 ms"), (0.9996, "1.00 s"), (2.134, "2.13 s"), (61.23, "61.2 s"), (300, "5 min")],
+)
+def test_times_have_three_digits(seconds, text):
+    assert text_sections._time(seconds) == text
+
+
+def test_numbers_are_set_to_the_right_and_words_to_the_left(page):
+    head = re.findall(r"<th(| class=\"number\")>([^<]*)</th>", page[0].source.partition('id="e1-ranking"')[2])[:7]
+    assert [name for place, name in head if not place] == ["rule", "parameters"]
 
 
 def test_the_page_says_what_diverged(page):
     assert "2 of 4 cells have diverged: a loss or a weight was not finite." in page[0].text["e3-divergence"]
+
+
+def test_training_and_validation_have_the_same_scale_and_percent_is_never_logarithmic(experiments):
+    scores = {"loss": [1.0, 0.01], "val_loss": [0.5, 0.4], "error": [0.9, 0.001], "val_error": [0.2, 0.1]}
+    known = replace(
+        block("x", open_experiment(experiments[0])), histories={"bp": [{"status": "complete", "history": scores}]}
+    )
+    drawn = {one.name: one.figure.axes[0].get_yscale() for one in figure_sections.learning_curves(known).figures}
+    assert drawn == {
+        "x-curves-loss": "log",
+        "x-curves-val_loss": "log",
+        "x-curves-error": "linear",
+        "x-curves-val_error": "linear",
+    }
 
 
 def test_the_ranking_is_that_of_the_objective(page, experiments, capsys):
@@ -452,7 +578,7 @@ def test_an_experiment_without_a_complete_cell_has_a_report(tmp_path):
     report([open_experiment(tmp_path / "ex")], tmp_path / "page.html", "svg")
     found = Page(tmp_path / "page.html")
     assert found.svgs == 0
-    assert [name for name in SECTIONS if f"e1-{name}" not in found.text] == []
+    assert list(found.text)[1:] == [f"e1-{name}" for name in SECTIONS]
     assert "8 of 8 cells are not finished yet: everything below is provisional." in found.text["e1-run"]
     assert found.text["e1-ranking"] == "Ranking No cell is complete yet, so there is nothing to rank."
     assert found.text["e1-coverage"].endswith("bp 4 0 0 0 4 dfa 4 0 0 0 4 Pending: not finished, or at work now.")
@@ -464,6 +590,8 @@ def test_a_single_run_has_a_report(tmp_path):
     found = Page(tmp_path / "page.html")
     assert "1 cell, 1 execution each, 2 epochs" in found.text["e1-run"]
     assert "One execution: no spread." in found.text["e1-ranking"]
+    kept = ["run", "ranking", "curves", "alignment", "divergence", "coverage", "costs", "provenance"]
+    assert list(found.text)[1:] == [f"e1-{name}" for name in kept]
     assert (tmp_path / "page-figures" / "curves-loss.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -495,13 +623,12 @@ def test_any_two_parameters_make_a_map(experiments, tmp_path, capsys):
     bpf_(f"report {experiments[0]} --output {output} --figures svg --map lr,activation --map bw_init,lr")
     found = Page(output)
     names = {path.name for path in (tmp_path / "page-figures").glob("map-*")}
-    assert names == {
-        *(f"map-{rule}-lr-activation.svg" for rule in ("bp", "dfa", "drtp")),
-        *(f"map-{rule}-bw_init-lr.svg" for rule in ("dfa", "drtp")),
-    }
+    assert names == {"map-lr-activation.svg", "map-bw_init-lr.svg"}
+    drawn = [re.findall(r">(bp|dfa|drtp)</text>", (tmp_path / "page-figures" / name).read_text()) for name in names]
+    assert sorted(drawn) == [["bp", "dfa", "drtp"], ["dfa", "drtp"]]
     text = found.text["e1-maps"]
     assert "bp has no complete cell with bw_init and lr." in text
-    assert "dfa: best training loss (nats) over all other parameters, by bw_init and lr." in text
+    assert "Best training loss (nats) over all other parameters, by bw_init and lr; the colours are on one" in text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bpf import training
 from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
@@ -18,7 +19,7 @@ from bpf.network import Network, Structure
 from bpf.optim import StackedOptimizer
 from bpf.randomness import Dropout, generator, orders
 from bpf.spec import RunSpec
-from bpf.training import Cohort
+from bpf.training import DIVERGED_LOSS, Cohort
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 LAYERWISE = ("drtp", "ll-cce", "ll-mse")
@@ -265,7 +266,7 @@ def test_a_diverged_run_leaves_and_the_others_go_on_unharmed(layerwise, digits):
         if own.lr >= 1:
             assert (mine.status, mine.epochs, mine.best_epoch) == ("diverged", 1, 0)
             assert (mine.objective, mine.train, mine.val, mine.test) == (None, None, None, None)
-            assert not math.isfinite(mine.history["loss"][0] + mine.history["val_loss"][0])
+            assert not mine.history["loss"][0] + mine.history["val_loss"][0] < DIVERGED_LOSS
             assert (alone.status, alone.epochs) == ("diverged", 1)
         else:
             assert mine.status == "complete"
@@ -274,6 +275,25 @@ def test_a_diverged_run_leaves_and_the_others_go_on_unharmed(layerwise, digits):
             assert mine.test["loss"] == pytest.approx(alone.test["loss"], rel=1e-7)
             assert mine.test["error"] is None
             assert mine.history["loss"][-1] < 0.7 * mine.history["loss"][0]
+
+
+def test_a_loss_beyond_all_use_is_divergence(digits, monkeypatch):
+    whole = train([explosive(0, 1e-5)], digits).records[0]
+    least, most = min(whole.history["loss"]), max(whole.history["loss"])
+    assert whole.status == "complete"
+    monkeypatch.setattr(training, "DIVERGED_LOSS", (least + most) / 2)
+    lost = train([explosive(0, 1e-5)], digits).records[0]
+    assert (lost.status, lost.test, lost.epochs) == ("diverged", None, 1)
+    assert math.isfinite(lost.history["loss"][0])
+
+
+def test_errors_are_fractions_of_whole_examples(digits):
+    trained = train([spec(epochs=2)], digits)
+    (record,), feed = trained.records, trained._feed
+    errors = {"train": record.history["error"], "val": record.history["val_error"], "test": [record.test["error"]]}
+    for part, found in errors.items():
+        count = len(getattr(feed, part))
+        assert set(found) <= {wrong / count for wrong in range(count + 1)}
 
 
 def test_a_run_that_diverges_late_keeps_its_history(digits):

@@ -2,17 +2,25 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 
 import bpf
 from bpf import api, cli
 from bpf.errors import UsageError
 from bpf.experiment import open_experiment
+from invented import finished, planned, record
 
 GRID = {
     "dataset": "digits",
@@ -77,6 +85,24 @@ def test_a_run_is_trained_in_python(tmp_path: Path) -> None:
     assert opened.best_model("drtp") is not None
 
 
+def test_a_rule_that_is_not_in_the_grid_is_refused(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        bpf.open(directory).best_model("dfaa")
+    assert str(refused.value) == f"{directory} has no rule 'dfaa'. Did you mean 'dfa'?"
+    planned(tmp_path / "planned")
+    assert bpf.open(tmp_path / "planned").best_model("dfa") is None
+
+
+def test_an_experiment_is_shown_in_a_line(directory: Path, tmp_path: Path) -> None:
+    assert repr(bpf.open(directory)) == f"bpf.open({str(directory)!r})  # 4 cells: bp, dfa on digits"
+    broken = bpf.open(planned(tmp_path / "planned").directory)
+    assert repr(broken) == f"bpf.open({str(broken.directory)!r})  # 1 cell: dfa on digits"
+    (broken.directory / "study.db").write_bytes(b"no database" * 1000)
+    assert repr(broken) == f"bpf.open({str(broken.directory)!r})  # dfa on digits"
+    (broken.directory / "study.db").unlink()
+    assert repr(broken) == f"bpf.open({str(broken.directory)!r})  # dfa on digits"
+
+
 def test_the_best_model_is_loaded(directory: Path, told: Callable[..., str]) -> None:
     model = bpf.open(directory).best_model("dfa")
     assert model is not None
@@ -88,7 +114,11 @@ def test_the_best_model_is_loaded(directory: Path, told: Callable[..., str]) -> 
     executions = winner.row.result["executions"]
     best = min(executions, key=lambda execution: execution["objective"])
     assert scores["loss"] == pytest.approx(best["test"]["loss"], rel=1e-6)
+    assert scores["params"] == winner.row.params
+    assert (scores["algorithm"], scores["seed"]) == ("dfa", best["seed"])
     shown = told("evaluate", model, "--data-dir", directory.parent)
+    assert "\n  dfa arch=8 act=tanh bn=no feedback=ortho" in shown
+    assert f"\n  the execution with seed {best['seed']} only; tables show the mean of all\n" in shown
     assert "true class (rows), taken for" in shown
     assert f"error {100 * scores['error']:.2f} %" in shown
 
@@ -103,6 +133,123 @@ def test_export_prints_or_writes(directory: Path, told: Callable[..., str], tmp_
     assert [Path(file).name for file in files] == ["bp.parquet", "dfa.parquet"]
     refused = told("export", directory, "--format", "parquet", code=2)
     assert refused == "Error: --format parquet is not for a terminal: give --output FILE.\n"
+
+
+def test_the_name_of_an_export_says_its_format(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    for name, read in (("r.parquet", pandas.read_parquet), ("r.json", pandas.read_json), ("r.csv", pandas.read_csv)):
+        for _ in range(2):  # an earlier one is replaced
+            told("export", directory, "--output", tmp_path / name)
+        assert len(read(tmp_path / name)) == 4
+    refused = told("export", directory, "--output", tmp_path / "new.parquet", "--format", "csv", code=2)
+    assert refused == (
+        f"Error: {tmp_path / 'new.parquet'} is not written as csv. Leave out --format csv, or name a .csv file.\n"
+    )
+    assert told("export", directory, "--what", "metrics", "--format", "csv", code=2) == (
+        "Error: --what metrics is written as parquet. Leave out --format csv.\n"
+    )
+    assert not (tmp_path / "new.parquet").exists()
+
+
+def test_an_export_without_measurements_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without = finished(tmp_path / "without", lambda row, number: record(number, [1.0])).directory
+    open_ = planned(tmp_path / "open", trackers="bp_cosine").directory
+    ways = {without: ": it has no trackers (`bpf tune --tracker NAME`)", open_: " yet"}
+    for place, why in ways.items():
+        with pytest.raises(SystemExit):
+            cli.main(["export", str(place), "--what", "trackers"])
+        shown = capsys.readouterr()
+        assert shown.out.startswith("cell,key,algorithm,")
+        assert shown.err == f"Nothing was measured in {place}{why}.\n"
+
+
+def content(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_no_output_is_written_over_an_experiment(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    model = bpf.open(directory).best_model("dfa")
+    assert model is not None
+    (tmp_path / "link").symlink_to(directory)
+    before = content(directory)
+    for command, output in [
+        (("report", directory, "--output"), directory / "study.db"),
+        (("report", directory, "--output"), directory / "models" / "index.html"),
+        (("export", directory, "--output"), directory / "study.db"),
+        (("export", directory, "--output"), directory / "study.db-wal"),
+        (("export", directory, "--output"), directory / "running.lock"),
+        (("export", directory, "--output"), directory / "report" / ".." / "experiment.yaml"),
+        (("export", directory, "--output"), tmp_path / "link" / "experiment.yaml"),
+        (("export", directory, "--output"), model),
+        (("export", directory, "--what", "metrics", "--output"), directory / "models"),
+        (("onnx", model), directory / "study.db"),
+        (("onnx", model), model),
+        (("onnx", model), directory / "checkpoints" / "new.onnx"),
+    ]:
+        assert told(*command, output, code=2) == (
+            f"Error: {output} belongs to the experiment {directory} itself. Choose another place.\n"
+        )
+    assert content(directory) == before
+
+
+def test_only_earlier_output_is_replaced(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    model = bpf.open(directory).best_model("dfa")
+    mine = tmp_path / "grid.yaml"
+    mine.write_text("dataset: digits\n")
+    for what, *command in [
+        ("report of bpf", "report", directory, "--output"),
+        ("table that bpf has exported", "export", directory, "--output"),
+        ("ONNX file", "onnx", model),
+    ]:
+        for place in (mine, tmp_path, Path(os.devnull)):
+            assert told(*command, place, code=2) == (
+                f"Error: {place} exists and is no {what}, so it is not replaced. Choose another name.\n"
+            )
+    assert mine.read_text() == "dataset: digits\n"
+    inside = directory / "results.csv"
+    for _ in range(2):
+        told("export", directory, "--output", inside)
+    inside.unlink()
+
+
+def test_images_that_are_converted_are_told(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(bpf.open(directory).best_model("dfa")), str(tmp_path), "--json"])
+    shown = capsys.readouterr()
+    assert [one["converted"] for one in json.loads(shown.out)] == [True]
+    assert shown.err == (
+        "1 of 1 images were converted to the model's 1x8x8 (channels x height x width), from 3x32x32\n"
+    )
+
+
+def test_the_help_says_what_becomes_of_images(told: Callable[..., str]) -> None:
+    assert "Images of another size are scaled to the model's" in re.sub(r"\s+", " ", told("predict", "--help"))
+    shown = re.sub(r"\s+", " ", told("onnx", "--help"))
+    assert "A classifier gives one for each class. A network that reconstructs gives one for each pixel" in shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes as POSIX has them")
+@pytest.mark.parametrize(
+    "command", ["--help", "show", "show --json", "export", "export --format json", "best", "evaluate"]
+)
+def test_what_nobody_reads_ends_as_a_pipe_does(directory: Path, command: str) -> None:
+    """141, as for a program that SIGPIPE kills: nothing has failed."""
+    words = command.split()
+    if words[0] == "evaluate":
+        words += [str(bpf.open(directory).best_model("dfa")), "--data-dir", str(directory.parent)]
+    elif words[0] != "--help":
+        words.insert(1, str(directory))
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = [sys.executable, "-c", "import sys; from bpf import cli; cli.main(sys.argv[1:])", *words]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        done = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, env=buffered, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_the_best_per_parameter(directory: Path, told: Callable[..., str]) -> None:
@@ -125,6 +272,20 @@ def test_the_report_is_one_page(directory: Path, told: Callable[..., str], tmp_p
     assert written[0] == str(tmp_path / "page.html")
     assert all(Path(path).stat().st_size > 1000 for path in written)
     assert any(path.endswith(".png") for path in written)
+    assert told("report", directory, "--output", tmp_path / "page.html").splitlines() == written[:1]  # it is replaced
+
+
+def test_a_report_is_opened_if_there_is_a_browser(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page, opened = tmp_path / "a page.html", []
+    for there in (True, False):
+        monkeypatch.setattr(webbrowser, "open", lambda url, there=there: opened.append(url) or there)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["report", str(directory), "--output", str(page), "--open"])
+        expected = "" if there else f"No browser was found; open {page}\n"
+        assert (end.value.code or 0, *capfd.readouterr()) == (0, f"{page}\n", expected)
+    assert opened == [page.as_uri()] * 2
 
 
 def test_event_files_are_written(directory: Path, told: Callable[..., str]) -> None:

@@ -93,6 +93,9 @@ class Algorithm:
     """Whether the rule is known to diverge with an activation that is not bounded."""
     has_feedback: ClassVar[bool] = True
     """Whether hidden layers get a fixed random feedback matrix F [units, targets]."""
+    feeds_target: ClassVar[bool] = False
+    """Whether the feedback is that of the target, of which the output error has the opposite sign: so the output
+    layer's weights align with -F^T, which trackers must know."""
     unused_parameters: ClassVar[frozenset[str]] = frozenset()
     """Parameters of the grid that mean nothing to the rule."""
     layerwise: ClassVar[bool] = False

@@ -22,6 +22,7 @@ class DirectRandomTargetProjection(ProjectionRule):
     needs_bounded_activation = True
     needs_projection = False
     layerwise = True
+    feeds_target = True
 
     def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         return target / target.shape[1]

@@ -1,7 +1,7 @@
 """What a report knows of one experiment, and what its page is made of."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,12 +28,12 @@ UNITS = {"ce": "nats", "bce": "nats per output", "mse": "squared error"}
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; those after `words` columns are numbers, set to the right."""
+    """Cells are text; the columns at `words` are set to the left, all others are numbers, set to the right."""
 
     head: list[str]
     lines: list[list[str]]
     note: str = ""
-    words: int = 1
+    words: Collection[int] = (0,)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Drawn:
     name: str
     caption: str
     figure: "Figure"
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is wider than a column."""
+        return self.figure.get_figwidth() > drawing.COLUMN
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from bpf.plan import Row, Value
 from bpf.report.tables import complete, executions, objective_of, of_rule, rules_of
 
 CONFIDENCE = 0.95
+ENOUGH = 3
+"""Of fewer pairs Student's interval says nothing: of two it is 13 times as wide as their distance."""
 
 Score = Callable[[Mapping[str, Any]], float | None]
 """A score of an execution, None where it has none."""
@@ -19,7 +21,7 @@ Score = Callable[[Mapping[str, Any]], float | None]
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its confidence interval, None where there is one pair only.
+    """The mean of paired differences and its confidence interval, None for fewer pairs than `ENOUGH`.
 
     `count` pairs of `over`: settings (each a mean over seeds), or the seeds of the only setting.
     """
@@ -34,60 +36,77 @@ class Difference:
 class Comparison:
     """`first` minus `second` at equal settings: of the objective, and of the test scores by name.
 
-    `wins` counts the settings where `first` has the lower objective; `unmatched` those where only one of the two
-    rules has a complete cell.
+    `settings` are decided, `lost` of them because the first or the second rule diverged, and `wins` of them for
+    `first`. `left_out` are not decided. The differences are those of the settings where both rules are complete;
+    the objective's is None where there is no such setting.
     """
 
     first: str
     second: str
     settings: int
     wins: int
-    unmatched: int
-    objective: Difference
+    lost: tuple[int, int]
+    left_out: int
+    objective: Difference | None
     test: dict[str, Difference]
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Every pair of rules with a setting where both have a complete cell.
+    """Every pair of rules with a setting that is decided between them.
 
     A setting is a value of each parameter that both rules have, but for the learning rate. Within it a rule is
-    represented by the cell with its best objective, over learning rates and what only this rule has. The
+    represented by its complete cell with the best objective, over learning rates and what only this rule has. The
     differences of a setting are paired by seed, and averaged over the seeds that both cells have.
+
+    A rule that has cells at a setting, all of them diverged, has lost it to one with a complete cell there. Settings
+    where both diverged, or one has no cell, or none that is complete and some that failed or are not finished, are
+    left out.
     """
-    best = [(rule, complete(of_rule(rows, rule))) for rule in rules_of(rows)]
-    pairs = (_compare(*first, *second) for first, second in itertools.combinations(best, 2))
-    return [pair for pair in pairs if pair is not None]
+    by_rule = [(rule, of_rule(rows, rule)) for rule in rules_of(rows)]
+    pairs = (_compare(*first, *second) for first, second in itertools.combinations(by_rule, 2))
+    return [pair for pair in pairs if pair.settings]
 
 
-def shared(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
-    """The parameters that make a setting for `compare`."""
-    return [name for name in first[0].params if name in second[0].params and name != "lr"] if first and second else []
-
-
-def _compare(first: str, mine: list[Row], second: str, theirs: list[Row]) -> Comparison | None:
-    names = shared(mine, theirs)
-    a, b = _best_by(mine, names), _best_by(theirs, names)
-    pairs = [(a[setting], b[setting]) for setting in a if setting in b]
-    objectives = [found for one, other in pairs if (found := _paired(one, other, _objective))]
-    if not objectives:
-        return None
+def _compare(first: str, mine: list[Row], second: str, theirs: list[Row]) -> Comparison:
+    names = [name for name in mine[0].params if name in theirs[0].params and name != "lr"]
+    a, b = _by_setting(mine, names), _by_setting(theirs, names)
+    settings = list(dict.fromkeys([*a, *b]))
+    cells = {at: (_best(a.get(at, [])), _best(b.get(at, []))) for at in settings}
+    both = [(one, other) for one, other in cells.values() if one and other]
+    objectives = [found for one, other in both if (found := _paired(one, other, _objective))]
+    lost_first = sum(other is not None and _diverged(a.get(at, [])) for at, (_, other) in cells.items())
+    lost_second = sum(one is not None and _diverged(b.get(at, [])) for at, (one, _) in cells.items())
     scores: dict[str, Difference] = {}
     for name in ("error", "loss"):
-        by_setting = [_paired(one, other, partial(_test, name=name)) for one, other in pairs]
-        if any(by_setting):
-            scores[name] = _difference([values for values in by_setting if values])
-    wins = sum(statistics.fmean(values) < 0 for values in objectives)
-    unmatched = len(a.keys() | b.keys()) - len(objectives)
-    return Comparison(first, second, len(objectives), wins, unmatched, _difference(objectives), scores)
+        differences = [found for one, other in both if (found := _paired(one, other, partial(_test, name=name)))]
+        if differences:
+            scores[name] = _difference(differences)
+    decided = len(objectives) + lost_first + lost_second
+    return Comparison(
+        first,
+        second,
+        decided,
+        wins=sum(statistics.fmean(values) < 0 for values in objectives) + lost_second,
+        lost=(lost_first, lost_second),
+        left_out=len(settings) - decided,
+        objective=_difference(objectives) if objectives else None,
+        test=scores,
+    )
 
 
-def _best_by(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Value, ...], Row]:
-    best: dict[tuple[Value, ...], Row] = {}
+def _by_setting(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Value, ...], list[Row]]:
+    found: dict[tuple[Value, ...], list[Row]] = {}
     for row in rows:
-        setting = tuple(row.params[name] for name in names)
-        if setting not in best or objective_of(row) < objective_of(best[setting]):
-            best[setting] = row
-    return best
+        found.setdefault(tuple(row.params[name] for name in names), []).append(row)
+    return found
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    return min(complete(rows), key=objective_of, default=None)
+
+
+def _diverged(rows: Sequence[Row]) -> bool:
+    return bool(rows) and all(row.state == "diverged" for row in rows)
 
 
 def _paired(first: Row, second: Row, score: Score) -> list[float]:
@@ -106,8 +125,8 @@ def _difference(by_setting: list[list[float]]) -> Difference:
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's t interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
+    """Student's t interval of the mean; None for fewer values than `ENOUGH`."""
+    if len(values) < ENOUGH:
         return None
     mean = statistics.fmean(values)
     half = student(len(values) - 1, confidence) * statistics.stdev(values) / math.sqrt(len(values))

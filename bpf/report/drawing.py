@@ -1,14 +1,15 @@
 """How a report's figures look, and how they are written: as files, and as parts of a page.
 
 Each rule has its own colour, line and marker in every figure; backpropagation, the control, has that of the text.
-matplotlib is imported in functions only.
+So has each layer its colour and line, the output layer that of the text. A figure is as wide as a column or, with
+several panels, as a page of two columns. matplotlib is imported in functions only.
 """
 
 import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +22,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.5
+COLUMN, PAGE = 3.5, 7.16
+"""Widths of figures in inches."""
 INK = "#000000"
 MISSING = "#99999955"
 WRITTEN = 8
 """More columns of a map than these have no room for numbers."""
-FULL, HALF = 46, 20
-"""Letters that fit below an axis of the whole and of half the width."""
+LETTERS = 12
+"""How many fit below a panel that is an inch wide."""
 
 # Okabe and Ito 2008, without its yellow, which is not seen on white.
 _FIXED = {"bp": INK, "dfa": "#0072B2", "drtp": "#D55E00", "ll-cce": "#009E73", "ll-mse": "#CC79A7"}
 _OTHERS = ("#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
 _MARKERS = "osD^vPX*<>"
+_LAYERS = ("#3a86d1", "#9a6fd0", "#d9598c", "#e07a2f")
+"""From the first hidden layer to the last, and as light as can be told from white and from a dark page."""
+DARK = {"#0072b2": "#4fa8e0", "#d55e00": "#f0803c", "#009e73": "#2fbf95", "#8c6d31": "#b9975a"}
+"""Lighter colours for a dark page."""
 
 _STYLE = {
     "font.size": 7.5,
@@ -104,6 +110,8 @@ def save(figure: "Figure", path: Path) -> None:
 def inline_svg(figure: "Figure", name: str) -> str:
     """A figure as an element of a page: its text is text, black is the page's own colour, and no id is met twice.
 
+    The colours of `DARK` are variables of the page, such as `--0072b2`.
+
     `name` must be unique in the page.
     """
     text = _bytes(figure, "svg", transparent=True).decode()
@@ -113,6 +121,8 @@ def inline_svg(figure: "Figure", name: str) -> str:
     text = re.sub(r"\bid=\"", f'id="{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r"href=\"#", f'href="#{name}-', text)
+    for colour in DARK:
+        text = text.replace(colour, f"var(--{colour[1:]}, {colour})")
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     # matplotlib leaves out the fill of black text and paths, as black is what SVG would take
     text = re.sub(r"<svg [^>]*viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" role="img" fill="currentColor">', text)
@@ -129,26 +139,36 @@ def _bytes(figure: "Figure", kind: str, **look: Any) -> bytes:
     return target.getvalue()
 
 
-def blank(height: float) -> "Figure":
+def blank(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def one(height: float) -> "tuple[Figure, Axes]":
-    figure = blank(height)
+    figure = blank(COLUMN, height)
     return figure, figure.subplots()
 
 
-def panels(count: int, height: float, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
-    """Two panels a line, each `height` inches high."""
-    columns = min(2, count)
-    lines = -(-count // columns)
-    figure = blank(height * lines + 0.3)
-    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=sharey).flat)
+def panels(count: int, height: float, most: int = 4) -> "tuple[Figure, list[Axes]]":
+    """Up to `most` panels a line, each `height` inches high; a single one is as wide as a column."""
+    lines = -(-count // most)
+    columns = -(-count // lines)
+    figure = blank(COLUMN if count == 1 else PAGE, height * lines + 0.3)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for spare in panels[count:]:
         spare.remove()
     return figure, panels[:count]
+
+
+def layer(index: int | None, depth: int) -> dict[str, Any]:
+    """How a layer is drawn: the hidden one `index` of `depth` at most, or the output layer where it is None."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    if index is None:
+        return {"color": INK, "linestyle": "-", "linewidth": 1.0, "zorder": 1.9}  # below the others
+    shades = LinearSegmentedColormap.from_list("layers", _LAYERS)
+    return {"color": shades(index / max(1, depth - 1)), "linestyle": LINES[index % len(LINES)]}
 
 
 def shade(axes: "Axes", band: Band, colour: Any, scale: float = 1.0) -> None:
@@ -162,13 +182,13 @@ def shade(axes: "Axes", band: Band, colour: Any, scale: float = 1.0) -> None:
 
 
 def legend(figure: "Figure", *panels: "Axes") -> None:
-    """Above the axes, so that it covers no data; each label once."""
+    """Above the axes, so that it covers no data; each label once, in the order of the panels."""
     handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if len(handles) > 1:
-        fitting = max(1, int(72 * WIDTH / (23 + 4.3 * max(map(len, handles)))))
+    if handles:
+        fitting = max(1, int(72 * figure.get_figwidth() / (23 + 4.3 * max(map(len, handles)))))
         lines = -(-len(handles) // fitting)
         figure.legend(
             list(handles.values()),
@@ -181,10 +201,14 @@ def legend(figure: "Figure", *panels: "Axes") -> None:
         )
 
 
-def words(axes: "Axes", values: Sequence[Any], room: int, shift: float = 0.0) -> None:
-    """Ticks that are words, turned where the axis has no room for so many letters."""
+def words(axes: "Axes", values: Sequence[Any], shift: float = 0.0) -> None:
+    """Ticks that are words, turned where the axis has no room for them."""
     words = [word(value) for value in values]
-    crowded = sum(map(len, words)) + 1.5 * len(words) > room
+    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None
+    assert place is not None
+    inches = figure.get_figwidth() / place.get_gridspec().ncols
+    crowded = (max(map(len, words)) + 1.5) * len(words) > LETTERS * inches
     turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks([index + shift for index in range(len(words))], words, **turned)
 
@@ -201,12 +225,18 @@ def ticks_at(axes: "Axes", values: Sequence[float], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def log_if_wide(axes: "Axes", values: Sequence[float]) -> None:
+def wide(values: Iterable[float]) -> bool:
+    """Whether values are positive and more than a decade apart, so that only a logarithmic scale shows them all."""
     finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 10
+
+
+def scale(axes: "Axes", log: bool, values: Iterable[float]) -> None:
+    """A vertical axis for `values`, logarithmic or not."""
+    if log:
         axes.set_yscale("log")
         # the band below the smallest mean would stretch a logarithmic axis down without end
-        axes.set_ylim(bottom=min(finite) / 1.6)
+        axes.set_ylim(bottom=min(value for value in values if math.isfinite(value)) / 1.3)
     plain(axes.yaxis)
 
 
@@ -221,8 +251,8 @@ def plain(axis: Any) -> None:
         axis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: "−" * bool(value < 0) + short(abs(value))))
 
 
 def whole_numbers(axes: "Axes") -> None:
@@ -236,10 +266,10 @@ def word(value: Any) -> str:
     return _brief(console.word(value))
 
 
-def short(value: float) -> str:
-    """Three digits, such as 0.0123, 1230 and 1.2e5."""
+def short(value: float, zeros: bool = False) -> str:
+    """Three digits, such as 0.0123, 1230 and 1.2e5; with `zeros` 0.300 and not 0.3."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}" if zeros else f"{value:.3g}"
     return _brief(f"{value:.1e}".replace(".0e", "e"))
 
 

@@ -10,8 +10,9 @@ from bpf.experiment import Experiment
 from bpf.extras import need
 from bpf.files import write_text
 from bpf.report.block import Block, Section, block, plain
-from bpf.report.drawing import Palette, inline_svg, save
-from bpf.report.sections import across, sections
+from bpf.report.drawing import DARK, Palette, inline_svg, save
+from bpf.report.sections import sections
+from bpf.report.text_sections import across
 
 
 def write(
@@ -45,7 +46,7 @@ def _render(output: Path, title: str, groups: Sequence[dict[str, Any]]) -> None:
     now = datetime.datetime.now(datetime.UTC)
     template = environment.get_template("page.html")
     made = f"{now:%Y-%m-%d %H:%M} UTC"
-    write_text(output, template.render(title=title, groups=groups, made=made, version=__version__))
+    write_text(output, template.render(title=title, groups=groups, made=made, version=__version__, dark=DARK))
 
 
 def _group(name: str, title: str, made: Sequence[Section], of: Block | None) -> dict[str, Any]:

@@ -5,13 +5,14 @@ Only the objective ranks and chooses; test scores are reported of what it chose.
 
 import itertools
 import math
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bpf.plan import OPEN, Row, Value
-from bpf.results import Spread, tracking_share
+from bpf.results import tracking_share
 
 Series = tuple[Sequence[float], Sequence[float | None]]
 """The epochs of measurements, and their values; None where one was not finite."""
@@ -70,7 +71,10 @@ class Effect:
 
 @dataclass(frozen=True)
 class Map:
-    """Values by two parameters: `values[i][j]` at `rows[i]` and `columns[j]`, None where there is nothing."""
+    """Values by two parameters: `values[i][j]` at `rows[i]` and `columns[j]`, None where there is nothing.
+
+    `counts` are those of the cells there that ended as complete or diverged.
+    """
 
     row: str
     column: str
@@ -133,15 +137,14 @@ def varying(rows: Iterable[Row]) -> list[str]:
 def band(series: Sequence[Series]) -> Band | None:
     """Mean ± std over executions at each measurement that all of them have; None where there is none.
 
-    A value that was not finite is left out of its mean; where no finite one is left, the mean is nan.
+    A value that was not finite is left out; of no value the mean is nan, and of a single one the deviation.
     """
     length = min((len(values) for _, values in series), default=0)
     if not length:
         return None
-    at = [[values[i] for _, values in series if values[i] is not None] for i in range(length)]
-    spreads = [Spread([value for value in values if value is not None]) for values in at]
-    mean = [spread.mean if spread.values else math.nan for spread in spreads]
-    std = [spread.std if spread.values else math.nan for spread in spreads] if len(series) > 1 else None
+    at = [[value for _, values in series if (value := values[i]) is not None] for i in range(length)]
+    mean = [statistics.fmean(values) if values else math.nan for values in at]
+    std = [statistics.stdev(values) if len(values) > 1 else math.nan for values in at] if len(series) > 1 else None
     return Band(list(series[0][0][:length]), mean, std, any(len(values) > length for _, values in series))
 
 
@@ -168,6 +171,20 @@ def tracked(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Se
             tracker, _, name = full.partition("/")
             found.setdefault(tracker, {}).setdefault(name, []).append(one)
     return found
+
+
+def place(name: str, hidden: int) -> tuple[str, int | None, str]:
+    """What a tracker's value is of: a statistic, the layer's index (None for the output) and the layer in words.
+
+    Of a network with `hidden` hidden layers, so that `layer.1.mean` is the mean of `hidden 2` or of `output`, and
+    `weight.0` the weight of `hidden 1`. A name of another form is a statistic of the whole network.
+    """
+    found = re.fullmatch(r"([^.]+)\.(\d+)(?:\.(.+))?", name)
+    if found is None or int(found[2]) > hidden:
+        return name, None, "network"
+    statistic = found[3] or ("" if found[1] == "layer" else found[1])
+    index = int(found[2])
+    return (statistic, None, "output") if index == hidden else (statistic, index, f"hidden {index + 1}")
 
 
 def levels(rows: Sequence[Row], parameter: str) -> list[Level]:
@@ -214,9 +231,15 @@ def _places(scores: Sequence[float]) -> list[float]:
     return places
 
 
-def best_map(rows: Sequence[Row], row: str, column: str) -> Map:
-    """The best objective over all other parameters, by two parameters of one rule."""
-    return _map(rows, row, column, lambda there: min((objective_of(one) for one in complete(there)), default=None))
+def best_map(rows: Sequence[Row], row: str, column: str, among: Sequence[Row] | None = None) -> Map:
+    """The best objective over all other parameters, by two parameters of one rule.
+
+    It has the values of these that some cell of `among` has, which is `rows` unless given.
+    """
+    lines, columns = (values_of(rows if among is None else among, name) for name in (row, column))
+    return _map(
+        rows, (row, lines), (column, columns), lambda there: min(map(objective_of, complete(there)), default=None)
+    )
 
 
 def divergence_map(rows: Sequence[Row], row: str, column: str) -> Map:
@@ -226,17 +249,21 @@ def divergence_map(rows: Sequence[Row], row: str, column: str) -> Map:
         diverged, complete = _count(there, "diverged"), _count(there, "complete")
         return diverged / (diverged + complete) if diverged + complete else None
 
-    return _map(rows, row, column, fraction)
+    return _map(rows, (row, values_of(rows, row)), (column, values_of(rows, column)), fraction)
 
 
-def _map(rows: Sequence[Row], row: str, column: str, measure: Any) -> Map:
-    lines, columns = values_of(rows, row), values_of(rows, column)
-    there: dict[tuple[Value, Value], list[Row]] = {(a, b): [] for a in lines for b in columns}
+def _map(
+    rows: Sequence[Row],
+    row: tuple[str, list[Value]],
+    column: tuple[str, list[Value]],
+    measure: Callable[[list[Row]], float | None],
+) -> Map:
+    there: dict[tuple[Value, Value], list[Row]] = {at: [] for at in itertools.product(row[1], column[1])}
     for one in rows:
-        there[one.params[row], one.params[column]].append(one)
-    values = [[measure(there[a, b]) for b in columns] for a in lines]
-    counts = [[sum(one.state in ("complete", "diverged") for one in there[a, b]) for b in columns] for a in lines]
-    return Map(row, column, lines, columns, values, counts)
+        there[one.params[row[0]], one.params[column[0]]].append(one)
+    values = [[measure(there[a, b]) for b in column[1]] for a in row[1]]
+    counts = [[sum(one.state in ("complete", "diverged") for one in there[a, b]) for b in column[1]] for a in row[1]]
+    return Map(row[0], column[0], row[1], column[1], values, counts)
 
 
 def costs(rows: Sequence[Row]) -> list[Cost]:

@@ -23,8 +23,9 @@ class WeightAlignment(Tracker):
     """Cosine between a layer's weights and what the feedback matrices would make of them.
 
     `cos(vec W_k, vec F_k F_{k-1}^T)` for the hidden layers after the first, `cos(vec W_out, vec F^T)` for the
-    output layer with the last hidden layer's F (Refinetti et al. 2021, Align, then memorise). A rule without
-    feedback matrices has no such alignment.
+    output layer with the last hidden layer's F (Refinetti et al. 2021, Align, then memorise). For a rule that feeds
+    back the target instead of the error, such as drtp, it is `cos(vec W_out, vec -F^T)`, since the error p - y has the
+    opposite sign; between hidden layers the two signs cancel. A rule without feedback matrices has no such alignment.
     """
 
     def measure(self, probe: Probe) -> dict[str, Tensor]:
@@ -35,5 +36,7 @@ class WeightAlignment(Tracker):
             aligned = below.feedback.mT
             if layer.feedback is not None:
                 aligned = torch.bmm(layer.feedback, aligned)
+            elif probe.rule.feeds_target:
+                aligned = -aligned
             values[f"layer.{layer.index}"] = cosine(layer.weight, aligned)
         return values

@@ -1,4 +1,4 @@
-"""The seam for trackers: a measurement of every run on a probe batch, once an epoch."""
+"""The seam for trackers: a measurement of every run on a fixed probe batch, every few steps or epochs."""
 
 from functools import cached_property
 
