@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import numpy as np
 import pytest
 from optuna.samplers import GridSampler
 from safetensors import safe_open
@@ -261,6 +262,15 @@ def old(tmp_path: Path) -> Path:
     return tmp_path / "old"
 
 
+def blurred(value: Any, name: str = "") -> Any:
+    """With errors in single precision, as bpf 0.1 had them."""
+    if isinstance(value, dict):
+        return {key: blurred(one, str(key)) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [blurred(one, name) for one in value]
+    return float(np.float32(value)) if name.endswith("error") and isinstance(value, float) else value
+
+
 def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
     options = [
         *("--dataset", "digits", "--algorithm", "bp,drtp", "--arch", "8", "--activation", "tanh", "--no-batch-norm"),
@@ -271,7 +281,7 @@ def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
     assert run("tune", str(tmp_path / "new"), *options) == 0
     rows = api.rows(open_experiment(old))
     assert [(row.state, row.attempt) for row in rows] == [("complete", 1)] * 2 + [("complete", 2)] * 2
-    assert outcomes(old) == outcomes(tmp_path / "new")
+    assert blurred(outcomes(old)) == blurred(outcomes(tmp_path / "new"))
     assert_optuna_agrees(old)
     assert run("tune", str(old), *options) == 0, "the same command opens it, too"
 
