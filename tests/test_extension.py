@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import optuna
 import numpy as np
+import optuna
 import pytest
 from optuna.samplers import GridSampler
 from safetensors import safe_open
