@@ -267,6 +267,34 @@ def test_the_best_per_parameter(directory: Path, told: Callable[..., str]) -> No
     )
 
 
+def test_tables_name_what_varies_and_where_the_rest_is(directory: Path, told: Callable[..., str]) -> None:
+    per = told("best", directory, "--per", "arch")
+    assert per.count("arch=8 lr=0.1") + per.count("arch=8 lr=0.01") == 2
+    assert f"... and 1 more; see `bpf best {directory} --top 4`." in told("best", directory, "--top", "3")
+
+
+def test_a_single_cell_is_named_in_full(told: Callable[..., str], tmp_path: Path) -> None:
+    one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1}
+    bpf.tune(one, tmp_path / "one", data_dir=tmp_path, workers=1, quiet=True)
+    assert "arch=8 act=tanh bn=no" in told("best", tmp_path / "one")
+    (cell,) = json.loads(told("best", tmp_path / "one", "--json"))
+    assert (cell["objective"]["std"], cell["test"]["error_std"]) == (None, None)
+    (record,) = json.loads(told("export", tmp_path / "one", "--format", "json"))
+    assert (record["objective_std"], record["test_loss_std"]) == (None, None)
+    assert record["objective"] == cell["objective"]["mean"]
+
+
+def test_diverged_cells_are_named(told: Callable[..., str], tmp_path: Path) -> None:
+    wild = GRID | {"algorithm": ["bp"], "problem_type": "reconstruction", "scaler": "identity", "activation": "lrelu"}
+    wild |= {"optimizer": "sgd", "lr": [1e-6, 10.0], "executions_per_trial": 1, "trackers": []}
+    bpf.tune(wild, tmp_path / "wild", data_dir=tmp_path, workers=1, quiet=True)
+    text = told("status", tmp_path / "wild", "--failed")
+    assert text.startswith("No cell has failed.\n")
+    assert re.search(r"^[a-z]+-[a-z]+-\d+: bp .*lr=10 .*: diverged$", text, re.MULTILINE)
+    (lost,) = json.loads(told("status", tmp_path / "wild", "--failed", "--json"))
+    assert (lost["state"], lost["params"]["lr"], lost["error"]) == ("diverged", 10.0, None)
+
+
 def test_the_report_is_one_page(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
     written = told("report", directory, "--output", tmp_path / "page.html", "--figures", "png").splitlines()
     assert written[0] == str(tmp_path / "page.html")
