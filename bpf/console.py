@@ -330,7 +330,10 @@ def show_failures(rows: Sequence[Row]) -> None:
         say("No cell has failed.")
     for row in rows:
         if row.state == "diverged":
-            say(f"{row.name}: {row.rule} {describe(row.chosen)}: diverged")
+            runs = (row.result or {}).get("executions", [])
+            epochs = [run["epochs"] for run in runs if run["status"] == "diverged"]
+            where = f" in epoch {min(epochs)} ({len(epochs)} of {counted(len(runs), 'execution')})" if epochs else ""
+            say(f"{row.name}: {row.rule} {describe(row.chosen)}: diverged{where}")
 
 
 def show_provenance(provenance: dict[str, Any]) -> None:

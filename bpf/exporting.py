@@ -37,8 +37,9 @@ _CELL: Columns = {"cell": str, "key": str, "algorithm": str}
 _RUN: Columns = {"execution": int, "seed": int}
 _SCORES = ("loss", "error", "val_loss", "val_error")
 _OUTCOME: Columns = {"state": str, "objective": float}
-_MADE = re.compile(rb'cell,key,algorithm\b|\[\n\{"cell": |\[\]\n|PAR1')
-"""How a table begins, in any of the formats."""
+_MARK = {"bpf": "table exported by bpf"}
+_MADE = re.compile(rb'cell,key,algorithm\b|\[\n\{"cell": |\[\]\n\Z|PAR1.*table exported by bpf', re.DOTALL)
+"""How a table is known, in any of the formats."""
 _RUN_OUTCOME: Columns = {"status": str, "best_epoch": int, "test_loss": float, "test_error": float}
 _RESULTS: Columns = {
     **{"state": str, "cause": str, "objective_name": str, "objective": float, "objective_std": float},
@@ -100,6 +101,11 @@ def format_of(output: Path | None, asked: str | None) -> str:
         raise UsageError(f"--format {asked} is not known.{did_you_mean(asked, FORMATS)}")
     named = output.suffix[1:].lower() if output is not None else ""
     if named not in FORMATS:
+        if asked is None and output is not None:
+            endings = ", ".join(f".{name}" for name in FORMATS)
+            raise UsageError(
+                f"{output} does not say how it is written: give --format, or a name that ends in {endings}."
+            )
         return asked or "csv"
     if asked not in (None, named):
         raise UsageError(f"{output} is not written as {asked}. Leave out --format {asked}, or name a .{asked} file.")
@@ -306,7 +312,7 @@ def _write_parquet(table: Table, file: IO[bytes]) -> None:
     pyarrow = need("pyarrow", "Parquet", "pyarrow", "parquet")
     parquet = need("pyarrow.parquet", "Parquet", "pyarrow", "parquet")
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in table.columns.items()])
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in table.columns.items()], _MARK)
     with parquet.ParquetWriter(file, schema) as writer:
         records = iter(table)
         while group := list(itertools.islice(records, ROW_GROUP)):

@@ -20,8 +20,8 @@ _OF_EXPERIMENT = re.compile(
     r"experiment\.yaml|running\.lock|study(\.new)?\.db(-.*)?|locks|logs|models|checkpoints", re.IGNORECASE
 )
 """What an experiment itself keeps in its directory; the rest is free, for reports and exports."""
-_HEAD = 2**16
-"""So many bytes tell what a file is."""
+_ENDS = 2**18
+"""So many bytes at each end tell what a file is."""
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def check_place(path: Path) -> None:
 def check_output(path: Path, what: str, made: re.Pattern[bytes]) -> None:
     """Raise UsageError if writing the file `path`, which a user names for output, would destroy something.
 
-    A file that is there already is replaced only if it is an earlier output, which begins as `made` says, or empty.
-    `what` says what that is.
+    A file that is there already is replaced only if it is an earlier output, whose first and last bytes `made` matches,
+    or empty. `what` says what that is.
     """
     check_place(path)
     with explaining(path):
@@ -56,8 +56,10 @@ def check_output(path: Path, what: str, made: re.Pattern[bytes]) -> None:
             return
         if path.is_file():
             with path.open("rb") as file:
-                head = file.read(_HEAD)
-            if not head or made.match(head):
+                ends = file.read(_ENDS)
+                file.seek(max(file.tell(), path.stat().st_size - _ENDS))
+                ends += file.read()
+            if not ends or made.match(ends):
                 return
     raise UsageError(f"{path} exists and is no {what}, so it is not replaced. Choose another name.")
 

@@ -44,6 +44,19 @@ def check(targets: Sequence[str]) -> None:
         elif address or not target.strip():
             known = f"{address[1]}..." if address else "''"
             raise UsageError(f"{OPTION} {known} is neither a http(s) URL nor a shell command.")
+        elif not _is_found(target):
+            raise UsageError(
+                f"{OPTION} is neither a URL, which begins with http:// or https://, nor a command that is found here."
+            )
+
+
+def _is_found(command: str) -> bool:
+    """Whether the shell knows the program that a command starts with; where that is not plain to see, it may."""
+    first = command.split()[0]
+    if os.name == "nt" or not re.fullmatch(r"[\w./-]+", first):
+        return True
+    asked = ["/bin/sh", "-c", 'command -v -- "$1"', "sh", first]
+    return subprocess.run(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _problem(url: str) -> str:

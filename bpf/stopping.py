@@ -1,6 +1,7 @@
 """The request to stop: by Ctrl-C, by a signal of the system or of a batch scheduler, or because time is up."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,13 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Ask on the first SIGINT, SIGTERM or SIGUSR1; the second SIGINT interrupts at once."""
+        """Ask on the first SIGINT, SIGTERM or SIGUSR1; the second SIGINT interrupts at once.
+
+        In a thread, which gets no signals, they are left to the program.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._asked and number == signal.SIGINT:

@@ -173,6 +173,8 @@ def export(
     known = (*exporting.TABLES, "metrics")
     if what not in known:
         raise UsageError(f"--what {what} is not known.{did_you_mean(what, known)}")
+    if output is not None and what != "metrics":
+        exporting.check_table(output)
     asked, format_ = format_, exporting.format_of(None if what == "metrics" else output, format_)
     if what == "metrics" and asked not in (None, "parquet"):
         raise UsageError(f"--what metrics is written as parquet. Leave out --format {asked}.")
@@ -181,9 +183,7 @@ def export(
         for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
             typer.echo(path)
         return
-    if output is not None:
-        exporting.check_table(output)
-    elif format_ == "parquet":
+    if output is None and format_ == "parquet":
         raise UsageError("--format parquet is not for a terminal: give --output FILE.")
     with closing(experiment.open_study(reading=True)) as study:
         table = exporting.table(study, what)

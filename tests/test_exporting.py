@@ -330,13 +330,31 @@ def test_metrics_replace_nothing_else(experiment: Experiment, tmp_path: Path) ->
         ("x.parquet", None, "parquet"),
         ("x.JSON", None, "json"),
         ("x.csv", "csv", "csv"),
-        ("x.txt", None, "csv"),
+        ("x.txt", "csv", "csv"),
         ("x", "parquet", "parquet"),
         ("x.v2", "json", "json"),
     ],
 )
 def test_the_format_is_that_of_the_name(output: str | None, asked: str | None, format: str) -> None:
     assert exporting.format_of(None if output is None else Path(output), asked) == format
+
+
+@pytest.mark.parametrize("name", ["x", "x.xlsx", "x.csv.gz"])
+def test_a_name_that_says_nothing_of_the_format_is_refused(name: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        exporting.format_of(Path(name), None)
+    assert str(refused.value) == (
+        f"{name} does not say how it is written: give --format, or a name that ends in .csv, .json, .parquet."
+    )
+
+
+def test_a_parquet_file_of_somebody_else_is_not_replaced(experiment: Experiment, tmp_path: Path) -> None:
+    own, foreign = tmp_path / "own.parquet", tmp_path / "foreign.parquet"
+    own.write_bytes(written(experiment, "results", "parquet"))
+    exporting.check_table(own)
+    pytest.importorskip("pandas").DataFrame({"cell": ["mine"]}).to_parquet(foreign)
+    with pytest.raises(UsageError, match="is no table that bpf has exported, so it is not replaced"):
+        exporting.check_table(foreign)
 
 
 def test_a_name_and_a_format_that_differ_are_refused() -> None:

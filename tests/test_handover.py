@@ -506,6 +506,23 @@ def test_scripts_are_told_what_was_handed_over(bpf: Callable[..., str]) -> None:
     assert json.loads(bpf(f"{FIRST} {RATES} --dry-run --json"))["handed_over"] is None
 
 
+def test_a_second_phase_is_repeated_from_its_settings(bpf: Callable[..., str]) -> None:
+    bpf(f"{FIRST} {RATES}")
+    bpf(SECOND)
+    page = Path(bpf("report ex/val_loss").splitlines()[0]).read_text()
+    assert "bpf tune ex/val_loss --spec SPEC.yaml" in page
+    (settings,) = re.findall(r"as a file for --spec</summary><pre>(.*?)</pre>", page, re.DOTALL)
+    Path("SPEC.yaml").write_text(settings.replace("&#39;", "'"))
+    bpf("tune again --spec SPEC.yaml --quiet --workers 1")
+    assert [(row.params, row.value) for row in rows("again")] == [
+        (row.params, row.value) for row in rows("ex/val_loss")
+    ]
+    assert bpf("report ex/val_loss --map arch,lr", 2) == (
+        "Error: 'lr' is no parameter of the grid in ex/val_loss. It was handed over.\n"
+    )
+    assert bpf("report ex ex/val_loss --output both.html --map arch,lr") == "both.html\n"
+
+
 def test_python_has_two_phases_too(bpf: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     first = grid(objective="loss", dropout="0", lr="0.0001,0.01")
     package.tune(first, "mine", workers=1, quiet=True)

@@ -161,7 +161,11 @@ def test_targets_are_shown_without_their_secrets(target: str, known: str) -> Non
 
 
 NEITHER = "is neither a http(s) URL nor a shell command."
+NOT_FOUND = "is neither a URL, which begins with http:// or https://, nor a command that is found here."
 REFUSED = {
+    "hooks.slack.com/services/s3cret": NOT_FOUND,
+    "no-such-program s3cret": NOT_FOUND,
+    "./no-such-program": NOT_FOUND,
     "": f"'' {NEITHER}",
     " \t": f"'' {NEITHER}",
     "ftp://x/s3cret": f"ftp://... {NEITHER}",
@@ -212,12 +216,15 @@ def test_what_cannot_be_told_is_refused_at_the_start(
             "https://hooks.example.org/T0/s3cret",
             "HTTP://127.0.0.1:8080/",
             "./tell",
-            "notify-send 'http://a.org ended'",
+            "echo 'http://a.org ended'",
         ),
-        *("cat >> log; echo >> log", "curl ftp://a.org/", "TOKEN=a:b tell"),
+        *("cat >> log; echo >> log", "printf ftp://a.org/", "TOKEN=a:b tell"),
     ],
 )
-def test_urls_and_commands_are_accepted(target: str) -> None:
+def test_urls_and_commands_are_accepted(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tell").write_text("#!/bin/sh\n")
+    (tmp_path / "tell").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     check([target])
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -290,9 +291,43 @@ def test_diverged_cells_are_named(told: Callable[..., str], tmp_path: Path) -> N
     bpf.tune(wild, tmp_path / "wild", data_dir=tmp_path, workers=1, quiet=True)
     text = told("status", tmp_path / "wild", "--failed")
     assert text.startswith("No cell has failed.\n")
-    assert re.search(r"^[a-z]+-[a-z]+-\d+: bp .*lr=10 .*: diverged$", text, re.MULTILINE)
+    named = r"^[a-z]+-[a-z]+-\d+: bp .*lr=10 .*: diverged in epoch 1 \(1 of 1 execution\)$"
+    assert re.search(named, text, re.MULTILINE)
     (lost,) = json.loads(told("status", tmp_path / "wild", "--failed", "--json"))
     assert (lost["state"], lost["params"]["lr"], lost["error"]) == ("diverged", 10.0, None)
+
+
+def test_a_thread_can_train(tmp_path: Path) -> None:
+    done: list[object] = []
+    one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1}
+
+    def work() -> None:
+        done.append(bpf.tune(one, tmp_path / "grid", data_dir=tmp_path, workers=1, quiet=True).status()["cells"])
+        run = {"dataset": "digits", "algorithm": "bp", "arch": "8", "epochs": 1}
+        done.append(bpf.train(run, tmp_path / "run", data_dir=tmp_path, quiet=True).status()["cells"])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(120)
+    assert [cells["complete"] for cells in done] == [1, 1]
+
+
+def test_figures_replace_figures_only(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    command = ("report", directory, "--output", tmp_path / "page.html", "--figures")
+    for kind in ("png", "svg", "pdf"):
+        first = told(*command, kind)
+        assert told(*command, kind) == first
+    figure = Path(first.splitlines()[1])
+    figure.write_bytes(b"mine")
+    assert told(*command, "pdf", code=2) == (
+        f"Error: {figure} exists and is no figure of a report, so it is not replaced. Choose another name.\n"
+    )
+    assert figure.read_bytes() == b"mine"
+
+
+def test_the_report_says_how_to_repeat_a_call_from_python(directory: Path, told: Callable[..., str]) -> None:
+    page = Path(told("report", directory).splitlines()[0]).read_text()
+    assert f"bpf tune {directory} --spec SPEC.yaml  # from Python, with the settings below as SPEC.yaml" in page
 
 
 def test_the_report_is_one_page(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:

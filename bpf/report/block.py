@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bpf.errors import UsageError, did_you_mean
 from bpf.experiment import Experiment
 from bpf.plan import Row
 from bpf.report import drawing, tables
@@ -112,10 +111,7 @@ def plain(name: str) -> str:
 def block(
     name: str, experiment: Experiment, palette: Palette | None = None, maps: Sequence[tuple[str, str]] = ()
 ) -> Block:
-    """Read an experiment: all of its cells, and the histories of each rule's best one.
-
-    Raises UsageError if one of `maps` names what is no parameter of the grid.
-    """
+    """Read an experiment: all of its cells, and the histories of each rule's best one."""
     with closing(experiment.open_study(reading=True)) as study:
         shown = study.varying()
         rows = study.rows()
@@ -124,11 +120,5 @@ def block(
         keys = {one.row.rule: one.row.key for one in best}
         order = [rule for rule in tables.rules_of(rows) if rule in keys]
         histories = {rule: study.history(keys[rule]) or [] for rule in order}
-    known = {name for row in rows for name in row.params}
-    for parameter in (parameter for pair in maps for parameter in pair):
-        if parameter not in known:
-            raise UsageError(
-                f"{parameter!r} is no parameter of the grid in {experiment.directory}.{did_you_mean(parameter, known)}"
-            )
     palette = palette or Palette(tables.rules_of(rows))
     return Block(name, experiment, rows, ranked, best, histories, palette, shown, maps)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 COLUMN, PAGE = 3.5, 7.16
 """Widths of figures in inches."""
+DRAWN = re.compile(rb".*matplotlib", re.DOTALL | re.IGNORECASE)
+"""How a file is known that holds a figure."""
 INK = "#000000"
 MISSING = "#99999955"
 WRITTEN = 8

@@ -184,7 +184,9 @@ def divergence(block: Block) -> Section:
             row = next((name for name in varied if name != "lr"), others[0])
             found[rule] = tables.divergence_map(mine, row, "lr")
     caption = "Diverged cells in % of those that ended, for each rule. A cell diverges with any of its executions."
-    notes = [f"{lost} of {len(block.rows)} cells have diverged: a loss or a weight was not finite."]
+    notes = [
+        f"{lost} of {len(block.rows)} cells have diverged: a loss or a weight was not finite, or a loss exceeded 1e6."
+    ]
     drawn = [block.draw("divergence", caption, partial(figures.divergence, found))] if found else []
     return Section("divergence", title, notes, figures=drawn)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bpf import __version__
+from bpf.errors import UsageError, did_you_mean
 from bpf.experiment import Experiment
 from bpf.extras import need
-from bpf.files import write_text
+from bpf.files import check_output, write_text
 from bpf.report.block import Block, Section, block, plain
-from bpf.report.drawing import DARK, Palette, inline_svg, save
+from bpf.report.drawing import DARK, DRAWN, Palette, inline_svg, save
 from bpf.report.sections import sections
 from bpf.report.text_sections import across
 
@@ -22,6 +23,7 @@ def write(
     need("jinja2", "A report", "jinja2", "report")
     palette = Palette([rule for experiment in experiments for rule in experiment.grid.algorithm])
     blocks = [block(f"e{number}", one, palette, maps) for number, one in enumerate(experiments, 1)]
+    _check_maps(blocks, maps)
     written = [output]
     groups: list[dict[str, Any]] = []
     if len(blocks) > 1:
@@ -35,6 +37,17 @@ def write(
         written += _save(one, made, output, figures, prefix) if figures else []
     _render(output, ", ".join(names), groups)
     return written
+
+
+def _check_maps(blocks: Sequence[Block], maps: Sequence[tuple[str, str]]) -> None:
+    """Raise UsageError for what is no parameter of any of the grids."""
+    known = {name for one in blocks for row in one.rows for name in row.params}
+    for parameter in (parameter for pair in maps for parameter in pair):
+        if parameter not in known:
+            where = " or ".join(str(one.experiment.directory) for one in blocks)
+            handed_over = any(parameter == "lr" and one.experiment.grid.lr_from for one in blocks)
+            why = " It was handed over." if handed_over else did_you_mean(parameter, known)
+            raise UsageError(f"{parameter!r} is no parameter of the grid in {where}.{why}")
 
 
 def _render(output: Path, title: str, groups: Sequence[dict[str, Any]]) -> None:
@@ -70,5 +83,6 @@ def _save(of: Block, made: Sequence[Section], output: Path, kind: str, prefix: s
         for one in section.figures:
             name = one.name.removeprefix(f"{of.name}-")
             path = directory / f"{plain(prefix + name)}.{kind}"
+            check_output(path, "figure of a report", DRAWN)
             save(one.figure, path)
             yield path

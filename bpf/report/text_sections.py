@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -194,7 +195,7 @@ def provenance(block: Block) -> Section:
         lines.append([session.get("time", "earlier"), versions or "–", git, cores + gpus])
     kind = block.experiment.kind
     codes = {
-        "To repeat it, in this order and in an empty directory": "\n".join(s["command"] for s in known["sessions"]),
+        "To repeat it, in this order and in an empty directory": "\n".join(_commands(known)),
         "All settings as they were resolved, as a file for --spec": yaml.safe_dump(
             _for_a_file(known["spec"]), sort_keys=False, allow_unicode=True
         ),
@@ -202,6 +203,19 @@ def provenance(block: Block) -> Section:
     started = Table(["start", "versions", "git", "hardware"], lines, words=range(4))
     about = Table(["", ""], [["kind", f"bpf {kind}"], *facts], words=(0, 1))
     return Section("provenance", "Where the numbers come from", [], [about, started], codes=codes)
+
+
+def _commands(known: Mapping[str, Any]) -> Iterator[str]:
+    """What to run; calls from Python and learning rates from an earlier phase are found in the settings."""
+    settings = "with the settings below as SPEC.yaml"
+    if known["spec"].get("lr_from"):
+        yield f"# {settings}, which have the learning rates of the phase before:"
+        yield f"bpf tune {quote(known['experiment'])} --spec SPEC.yaml"
+        yield "# or after that phase:"
+    for command in (session["command"] for session in known["sessions"]):
+        kind, _, directory = command.partition(" ")
+        called = kind.removeprefix("bpf.")
+        yield command if called == kind else f"bpf {called} {directory} --spec SPEC.yaml  # from Python, {settings}"
 
 
 def across(blocks: Sequence[Block]) -> Section:
