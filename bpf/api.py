@@ -55,6 +55,15 @@ class Effort:
     checkpoint_seconds: float = 30.0
     max_hours: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least, kind in (
+            ("workers", self.workers, 1, int),
+            ("max_hours", self.max_hours, 0, (int, float)),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or value < least):
+                number = "whole number" if kind is int else "number"
+                raise UsageError(f"{name} {value!r}: give a {number} from {least} on.")
+
 
 def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""

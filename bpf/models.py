@@ -32,8 +32,8 @@ FORMAT = "bpf-model-1"
 _TOLD = ("spec", "shape", "classes")
 _LISTED = 10
 """So many models of a directory are named."""
-_ONNX = re.compile(rb"\x08.{1,2}\x12.pytorch", re.DOTALL)
-"""How an ONNX file that torch has written begins: its version, and who made it."""
+_ONNX = re.compile(rb"\x08.{1,2}\x12.pytorch.*\n\x04spec\x12", re.DOTALL)
+"""How an ONNX file is known: torch has made it, and the spec is in its metadata."""
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -182,7 +182,7 @@ def export_onnx(path: str | Path, output: str | Path) -> Path:
     of a file which is no ONNX.
     """
     output = Path(output)
-    check_output(output, "ONNX file", _ONNX)
+    check_output(output, "ONNX file of a model of bpf", _ONNX)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

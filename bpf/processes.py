@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
@@ -20,17 +21,22 @@ from typing import Any
 PRELOADED = ("bpf.worker", "bpf.trials", "torch._dynamo")
 """What workers need. All but the first are imported on first use, which would be in each of them anew."""
 
+_ONE_AT_A_TIME = threading.RLock()
+"""What is put in place while a process starts belongs to the whole program."""
+
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def warm_up() -> None:
     """Begin to import, in the server process, what workers need. It returns at once, and can be called again."""
     if METHOD == "forkserver":
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
         forkserver.set_forkserver_preload(list(PRELOADED))
-        with _interrupts_held(), _import_path_handed_down():
-            forkserver.ensure_running()
+        with _ONE_AT_A_TIME, _import_path_handed_down():
+            resource_tracker.ensure_running()  # it lets interrupts through, even where they are held
+            with _interrupts_held():
+                forkserver.ensure_running()
 
 
 def start(target: Callable[..., object], *arguments: Any, name: str) -> BaseProcess:
@@ -43,7 +49,7 @@ def start(target: Callable[..., object], *arguments: Any, name: str) -> BaseProc
     process: BaseProcess = context.Process(
         target=_call, args=(dict(os.environ), target, arguments), name=name, daemon=True
     )
-    with _interrupts_held(), _import_path_handed_down(), _main_module_hidden():
+    with _ONE_AT_A_TIME, _interrupts_held(), _import_path_handed_down(), _main_module_hidden():
         process.start()
     return process
 

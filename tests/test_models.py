@@ -789,11 +789,11 @@ def test_onnx_gives_the_same_logits_for_any_number_of_images(changes, tmp_path, 
     assert json.loads(told["spec"]) == module.spec
 
 
-def test_onnx_replaces_nothing_but_onnx(model, tmp_path):
+def test_onnx_replaces_nothing_but_its_own(model, tmp_path):
     pytest.importorskip("onnxscript")
     before = model.read_bytes()
     assert refused(models.export_onnx, model, model) == (
-        f"{model} exists and is no ONNX file, so it is not replaced. Choose another name."
+        f"{model} exists and is no ONNX file of a model of bpf, so it is not replaced. Choose another name."
     )
     assert model.read_bytes() == before
     output = tmp_path / "m.onnx"
@@ -801,6 +801,13 @@ def test_onnx_replaces_nothing_but_onnx(model, tmp_path):
     for _ in range(2):
         assert models.export_onnx(str(model), str(output)) == output
     assert output.stat().st_size > 1000
+    onnx = pytest.importorskip("onnx")
+    foreign = onnx.load(output)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, output)
+    before = output.read_bytes()
+    assert "is no ONNX file of a model of bpf" in refused(models.export_onnx, model, output)
+    assert output.read_bytes() == before
 
 
 def test_onnx_without_its_packages_says_what_to_install(model, tmp_path, monkeypatch):

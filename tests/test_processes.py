@@ -193,6 +193,46 @@ def test_nothing_stays_behind_when_the_command_ends_before_any_worker(
         assert said.read() == ("Error: It was a mistake.\n" if code == 2 else "")
 
 
+INTERRUPTED = """
+import os, signal
+from multiprocessing import forkserver
+from bpf import processes
+
+processes.warm_up()
+os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
+started = processes.start(os.getpid, name="one")
+started.join(60)
+print(started.exitcode)
+"""
+
+
+@pytest.mark.skipif(processes.METHOD != "forkserver", reason="the system has no fork server")
+def test_an_interrupt_during_the_imports_leaves_the_server_alone(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches every process."""
+    ended = python(tmp_path, script=INTERRUPTED)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "0\n")
+
+
+AT_ONCE = """
+import os, pickle, sys, threading, time
+from bpf import processes
+
+def mine(): pass
+
+main, before = sys.modules["__main__"], dict(os.environ)
+threads = [threading.Thread(target=lambda: processes.start(time.sleep, 0, name="one").join()) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert sys.modules["__main__"] is main and dict(os.environ) == before
+print(pickle.loads(pickle.dumps(mine)) is mine)
+"""
+
+
+def test_threads_that_start_processes_at_once_leave_the_program_as_it_was(tmp_path: Path) -> None:
+    ended = python(tmp_path, script=AT_ONCE)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "True\n")
+
+
 # When imports begin
 
 

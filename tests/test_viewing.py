@@ -10,6 +10,7 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -199,7 +200,7 @@ def test_only_earlier_output_is_replaced(directory: Path, told: Callable[..., st
     for what, *command in [
         ("report of bpf", "report", directory, "--output"),
         ("table that bpf has exported", "export", directory, "--output"),
-        ("ONNX file", "onnx", model),
+        ("ONNX file of a model of bpf", "onnx", model),
     ]:
         for place in (mine, tmp_path, Path(os.devnull)):
             assert told(*command, place, code=2) == (
@@ -317,12 +318,35 @@ def test_figures_replace_figures_only(directory: Path, told: Callable[..., str],
     for kind in ("png", "svg", "pdf"):
         first = told(*command, kind)
         assert told(*command, kind) == first
-    figure = Path(first.splitlines()[1])
-    figure.write_bytes(b"mine")
-    assert told(*command, "pdf", code=2) == (
-        f"Error: {figure} exists and is no figure of a report, so it is not replaced. Choose another name.\n"
-    )
-    assert figure.read_bytes() == b"mine"
+    from matplotlib.figure import Figure
+
+    figure = Path(first.splitlines()[-1])
+    for make in (lambda: figure.write_bytes(b"mine"), lambda: Figure().savefig(figure)):
+        make()
+        mine, page = figure.read_bytes(), tmp_path / "page.html"
+        page.unlink(missing_ok=True)
+        assert told(*command, "pdf", code=2) == (
+            f"Error: {figure} exists and is no figure of a report, so it is not replaced. Choose another name.\n"
+        )
+        assert figure.read_bytes() == mine
+        assert not page.exists(), "nothing is written half"
+
+
+@pytest.mark.parametrize(
+    ("effort", "message"),
+    [
+        ({"workers": -3}, "workers -3: give a whole number from 1 on."),
+        ({"workers": 0}, "workers 0: give a whole number from 1 on."),
+        ({"workers": 1.5}, "workers 1.5: give a whole number from 1 on."),
+        ({"workers": "2"}, "workers '2': give a whole number from 1 on."),
+        ({"max_hours": -1}, "max_hours -1: give a number from 0 on."),
+    ],
+)
+def test_efforts_that_make_no_sense_are_refused(effort: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        bpf.tune(GRID, tmp_path / "grid", data_dir=tmp_path, quiet=True, **effort)
+    assert str(refused.value) == message
+    assert not (tmp_path / "grid").exists()
 
 
 def test_the_report_says_how_to_repeat_a_call_from_python(directory: Path, told: Callable[..., str]) -> None:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 COLUMN, PAGE = 3.5, 7.16
 """Widths of figures in inches."""
-DRAWN = re.compile(rb".*matplotlib", re.DOTALL | re.IGNORECASE)
-"""How a file is known that holds a figure."""
+MAKER = "bpf report"
+DRAWN = re.compile(f".*{MAKER}".encode(), re.DOTALL)
+"""How a file is known that holds a figure of a report."""
 INK = "#000000"
 MISSING = "#99999955"
 WRITTEN = 8
@@ -134,10 +135,14 @@ def inline_svg(figure: "Figure", name: str) -> str:
 def _bytes(figure: "Figure", kind: str, **look: Any) -> bytes:
     import matplotlib
 
-    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same numbers make the same files
+    told = {  # no date, so that the same numbers make the same files
+        "svg": {"Date": None, "Creator": MAKER},
+        "pdf": {"CreationDate": None, "Creator": MAKER},
+        "png": {"Software": MAKER},
+    }
     target = io.BytesIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "bpf"}):
-        figure.savefig(target, format=kind, metadata=dated.get(kind), **look)
+        figure.savefig(target, format=kind, metadata=told[kind], **look)
     return target.getvalue()
 
 

@@ -1,7 +1,7 @@
 """The page of a report: sections and inlined figures in one HTML file."""
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ def _group(name: str, title: str, made: Sequence[Section], of: Block | None) -> 
     return {"name": name, "title": title, "lead": lead, "sections": shown}
 
 
-def _save(of: Block, made: Sequence[Section], output: Path, kind: str, prefix: str) -> Iterator[Path]:
+def _save(of: Block, made: Sequence[Section], output: Path, kind: str, prefix: str) -> list[Path]:
     directory = output.parent / f"{output.stem}-figures"
-    for section in made:
-        for one in section.figures:
-            name = one.name.removeprefix(f"{of.name}-")
-            path = directory / f"{plain(prefix + name)}.{kind}"
-            check_output(path, "figure of a report", DRAWN)
-            save(one.figure, path)
-            yield path
+    drawn = [one for section in made for one in section.figures]
+    paths = [directory / f"{plain(prefix + one.name.removeprefix(f'{of.name}-'))}.{kind}" for one in drawn]
+    for path in paths:
+        check_output(path, "figure of a report", DRAWN)
+    for one, path in zip(drawn, paths, strict=True):
+        save(one.figure, path)
+    return paths
