@@ -59,10 +59,9 @@ def save(
     write_atomically(path, lambda file: file.write(content))
 
 
-def others(directory: Path, rule: str, key: str) -> dict[str, Path]:
-    """The networks of a rule's other cells, by the cells' keys."""
-    mine = path_of(directory, rule, key)
-    return {path.stem: path for path in mine.parent.glob("*.safetensors") if path != mine}
+def kept(directory: Path, rule: str) -> dict[str, Path]:
+    """The networks of a rule that lie in an experiment's directory of models, by the cells' keys."""
+    return {path.stem: path for path in path_of(directory, rule, "").parent.glob("*.safetensors")}
 
 
 def discard(path: Path) -> None:

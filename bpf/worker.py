@@ -229,7 +229,7 @@ class Worker:
     def _keep_model(self, row: Row, value: float, training: ClaimTraining, run: int) -> None:
         """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
         best = self.study.best(row.rule)
-        if best is not None and best[1] <= value:
+        if best is not None and best[1] < value:  # of equal ones either may become it
             return
         network = training.network(run)
         if network is not None:
@@ -238,12 +238,16 @@ class Worker:
             self._write(lambda: models.save(path, network, spec, shape, classes))
 
     def _discard_models(self, rule: str) -> None:
-        """Remove the networks of cells that are finished and not the best. One that is not finished may become it."""
+        """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
+
+        The best is looked for last: what had finished by then and is not the best will never be it, whatever other
+        workers finish meanwhile.
+        """
+        kept = models.kept(self.job.models, rule)
+        finished = self.study.finished(kept)
         best = self.study.best(rule)
-        if best is not None:
-            others = models.others(self.job.models, rule, best[0])
-            for key in self.study.finished(others):
-                models.discard(others[key])
+        for key in finished - ({best[0]} if best is not None else finished):
+            models.discard(kept[key])
 
     def _out_of_memory(self, claim: Claim, stacked: int) -> None:
         """Stack half as many runs; if it was one, the cell cannot be trained here."""

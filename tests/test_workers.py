@@ -12,9 +12,10 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -23,7 +24,7 @@ import sqlalchemy as sa
 import torch
 from optuna.samplers import GridSampler
 
-from bpf import api, cli, worker
+from bpf import api, cli, models, worker
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.errors import RunError
 from bpf.events import Event, Trained
@@ -43,6 +44,7 @@ GUILTY, DEADLY, FATAL, GOOD = "frenkel", "lecun", "nokland", "ortho"
 RULE = '''
 import ctypes, os, signal, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -648,3 +650,25 @@ def test_a_worker_stops_by_itself_when_its_time_is_up(bpf: Any, tmp_path: Path) 
     )
     assert [row.state for row in api.rows(experiment)] == ["interrupted"]
     assert len(list((tmp_path / "grid" / "checkpoints").glob("*.pt"))) == 1
+
+
+def test_a_model_that_becomes_the_best_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    """Another worker stores a better cell while this one looks for what it can remove."""
+
+    class Meanwhile:
+        better = "old"
+
+        def best(self, rule: str) -> tuple[str, float]:
+            return self.better, 0.5
+
+        def finished(self, keys: Iterable[str]) -> set[str]:
+            self.better = "new"
+            return {*keys} - {"training"}
+
+    for name in ("old", "new", "worse", "training"):
+        path = models.path_of(tmp_path, "bp", name)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    working: Any = SimpleNamespace(job=SimpleNamespace(models=tmp_path), study=Meanwhile())
+    Worker._discard_models(working, "bp")
+    assert set(models.kept(tmp_path, "bp")) == {"new", "training"}
