@@ -192,8 +192,9 @@ def _open_file(path: Path, reading: bool) -> sqlite3.Connection:
 def _open_server(url: sa.URL) -> Any:
     import psycopg
 
-    # What it has to say of a connection that is lost follows as an error; only for who asks for its log is it more.
-    logging.getLogger("psycopg").addHandler(_SILENCE)
+    # What they have to say of a connection that is lost follows as an error; only for who asks for their log is it more.
+    for library in ("psycopg", "sqlalchemy"):
+        logging.getLogger(library).addHandler(_SILENCE)
     options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
     defaults = {"connect_timeout": 10, "tcp_user_timeout": 30_000, "application_name": "bpf", "options": options}
     given = url.get_dialect()().create_connect_args(url)[1]

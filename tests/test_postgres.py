@@ -400,6 +400,7 @@ COMPLAINING_CHILD = """
 
     Study.open(sys.argv[1]).close()
     logging.getLogger("psycopg").warning("error ignored terminating the connection")
+    logging.getLogger("sqlalchemy.pool.impl.QueuePool").error("Exception during reset or similar")
 """
 
 
