@@ -192,7 +192,7 @@ def _open_file(path: Path, reading: bool) -> sqlite3.Connection:
 def _open_server(url: sa.URL) -> Any:
     import psycopg
 
-    # What they have to say of a connection that is lost follows as an error; only for who asks for their log is it more.
+    # What they say of a connection that is lost follows as an error; for who asks for their log it is still there.
     for library in ("psycopg", "sqlalchemy"):
         logging.getLogger(library).addHandler(_SILENCE)
     options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS}s"
