@@ -47,7 +47,8 @@ class Effort:
     """How to train, without any effect on what comes out.
 
     `workers` is how many processes, None for one per processor core or GPU; `device` is where, as in a spec or
-    several joined by commas. `max_hours` ends the work in an orderly way after that time.
+    several joined by commas. `max_hours` ends the work in an orderly way after that time. Raises UsageError for a
+    number of either that makes no sense.
     """
 
     workers: int | None = None
