@@ -45,9 +45,9 @@ def step_memory(rule_name: str, depth: int) -> int:
     import torch
 
     from bpf.algorithms import Problem, Step, cross_entropy
-    from bpf.experiment import load_rules
-    from bpf.hardware import settle
-    from bpf.network import Network, Structure
+    from bpf.experiment.directory import load_rules
+    from bpf.nn.network import Network, Structure
+    from bpf.training.hardware import settle
 
     settle(torch.device("cpu"))
     rule_class = load_rules([rule_name])[rule_name]
@@ -68,7 +68,7 @@ def step_memory(rule_name: str, depth: int) -> int:
 
 
 def gradient_memory(depth: int, shared: bool) -> int:
-    from bpf.network import Network, Structure
+    from bpf.nn.network import Network, Structure
 
     network = Network.build(Structure(UNITS, (UNITS,) * depth, 10, init="zeros"), [0], None, shared_gradients=shared)
     memory = {gradient.untyped_storage().data_ptr(): gradient for gradient in network.gradients.values()}

@@ -25,10 +25,10 @@ from torch import nn
 from torchvision import transforms
 
 from bpf.data.cache import Data
-from bpf.experiment import load_rules
-from bpf.hardware import settle
-from bpf.spec import RunSpec
-from bpf.training import Cohort
+from bpf.experiment.directory import load_rules
+from bpf.spec.run import RunSpec
+from bpf.training.cohort import Cohort
+from bpf.training.hardware import settle
 
 BATCH, STEPS = 64, 100
 RULES = ("drtp", "dfa", "ll-cce", "bp")

@@ -35,11 +35,11 @@ from typing import Any
 import optuna
 
 from bpf import api
-from bpf.grid import expand
-from bpf.plan import Axis
-from bpf.spec import GridSpec
-from bpf.study import Owner, Study
-from bpf.trials import _distribution, _grid_ids, search_space
+from bpf.experiment.grid import expand
+from bpf.spec.run import GridSpec
+from bpf.study.plan import Axis
+from bpf.study.study import Owner, Study
+from bpf.study.trials import _distribution, _grid_ids, search_space
 
 EPOCHS, EXECUTIONS, DIFFERENT = 100, 3, 50
 FULL: dict[str, list[Any]] = {

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from bpf.data.cache import Data, load
-from bpf.experiment import load_rules, load_trackers
-from bpf.hardware import settle
+from bpf.experiment.directory import load_rules, load_trackers
 from bpf.registry import TRACKERS, Registry
-from bpf.spec import RunSpec
-from bpf.training import Cohort
+from bpf.spec.run import RunSpec
+from bpf.training.cohort import Cohort
+from bpf.training.hardware import settle
 
 RULES = ("bp", "dfa", "drtp", "ll-cce", "ll-mse")
 SIZES = (("500-500", 1), ("100-100", 6))

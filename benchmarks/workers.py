@@ -36,9 +36,9 @@ from typing import Any
 
 import numpy as np
 
-from bpf import processes
 from bpf.data.cache import load
-from bpf.study import Study
+from bpf.study.study import Study
+from bpf.workers import processes
 
 PROGRAM = str(Path(sys.executable).with_name("bpf"))
 CELLS = ("--lr", "0.0001,0.0003,0.001,0.003", "--bw-init", "ortho,lecun,nokland")
@@ -227,7 +227,9 @@ def speak(study: Path | None, connection: Connection) -> None:
 
 
 def fresh(study: Path | None) -> float:
-    script = "import sys; from bpf.worker import Study; sys.argv[1:] and Study.open(sys.argv[1]).close(); print()"
+    script = (
+        "import sys; from bpf.workers.worker import Study; sys.argv[1:] and Study.open(sys.argv[1]).close(); print()"
+    )
     begun = time.perf_counter()
     command = [sys.executable, "-c", script, *([] if study is None else [str(study)])]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

@@ -9,8 +9,8 @@ __version__ = "0.2.0"
 __all__ = ["load", "open", "train", "tune"]
 
 if TYPE_CHECKING:
-    from bpf.models import load
     from bpf.notebook import open, train, tune
+    from bpf.results.models import load
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'bpf' has no attribute {name!r}")
     if name == "load":
-        from bpf.models import load
+        from bpf.results.models import load
 
         return load
     from bpf import notebook

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
-from bpf.database import Database
 from bpf.errors import RunError, UsageError
-from bpf.events import Trouble
-from bpf.experiment import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
-from bpf.grid import MAX_CELLS, Grid, as_grid, check_run, expand, resolve_options
-from bpf.plan import OPEN, STATES, Row
-from bpf.results import Ranked, rank, winners
-from bpf.spec import GridSpec, RunSpec
-from bpf.study import PATIENCE_SECONDS, Study
+from bpf.experiment.directory import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
+from bpf.experiment.grid import MAX_CELLS, Grid, as_grid, check_run, expand, resolve_options
+from bpf.spec.run import GridSpec, RunSpec
+from bpf.study.database import Database
+from bpf.study.plan import OPEN, STATES, Row
+from bpf.study.ranking import Ranked, rank, winners
+from bpf.study.study import PATIENCE_SECONDS, Study
+from bpf.workers.events import Trouble
 
 if TYPE_CHECKING:
-    from bpf.events import Observe
+    from bpf.workers.events import Observe
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Pla
 
 def plan(experiment: Experiment) -> Planned:
     """Expand the experiment's grid; writes and downloads nothing."""
-    from bpf.hardware import choose_device, cohort_cells
+    from bpf.training.hardware import choose_device, cohort_cells
 
     grid = expand(experiment.grid, experiment.rules())
     experiment.trackers()
@@ -120,9 +120,10 @@ def run(
     Everything that can be wrong with the request is found before anything is written. A grid is trained by worker
     processes, a single run in this one. Raises Interrupted after a request to stop.
     """
-    from bpf import hardware, supervisor
-    from bpf.stopping import Stop
-    from bpf.worker import Job, Worker
+    from bpf.training import hardware
+    from bpf.workers import supervisor
+    from bpf.workers.stopping import Stop
+    from bpf.workers.worker import Job, Worker
 
     spec = experiment.grid
     alone = experiment.kind == "train"
@@ -202,8 +203,8 @@ def join(
     as its database says) if that folder is here as well, or in a folder of this machine's own. Raises Interrupted after
     a request to stop.
     """
-    from bpf.stopping import Stop
-    from bpf.worker import Job, Worker
+    from bpf.workers.stopping import Stop
+    from bpf.workers.worker import Job, Worker
 
     with closing(Study.open(storage, name)) as study:
         spec = grid_of(study.settings)
@@ -319,7 +320,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Remove what is not needed any more; returns the `files` and how many `bytes` they have."""
-    from bpf.upkeep import superfluous
+    from bpf.experiment.upkeep import superfluous
 
     found = superfluous(experiment, kept_checkpoints)
     size = sum(path.stat().st_size for path in found)

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf import api, console, exporting, handover, processes
+from bpf import api
+from bpf.console import tables as console
 from bpf.errors import BpfError, UsageError, did_you_mean
-from bpf.experiment import Experiment, Place, open_experiment
+from bpf.experiment import handover
+from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.extras import need
-from bpf.fields import build
-from bpf.spec import GridSpec, RunSpec
+from bpf.results import exporting
+from bpf.spec.fields import build
+from bpf.spec.run import GridSpec, RunSpec
+from bpf.workers import processes
 
 if TYPE_CHECKING:
     import pandas
@@ -69,7 +73,7 @@ class Opened:
 
         Raises UsageError for a rule that the experiment does not have.
         """
-        from bpf.models import path_of
+        from bpf.results.models import path_of
 
         if rule not in self.experiment.grid.algorithm:
             known = did_you_mean(rule, self.experiment.grid.algorithm)

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpf.activations import ACTIVATIONS
 from bpf.algorithms import Algorithm, Layer, Network, Options, Problem, Step
 from bpf.data.cache import load
-from bpf.fields import choices
-from bpf.losses import output_loss, squash_for
-from bpf.network import Structure
-from bpf.randomness import generator
+from bpf.nn.activations import ACTIVATIONS
+from bpf.nn.losses import output_loss, squash_for
+from bpf.nn.network import Structure
+from bpf.nn.randomness import generator
 from bpf.registry import ALGORITHMS, Registry
-from bpf.spec import TUNABLE, RunSpec
-from bpf.training import Cohort
+from bpf.spec.fields import choices
+from bpf.spec.run import TUNABLE, RunSpec
+from bpf.training.cohort import Cohort
 
 INPUTS, WIDTHS, CLASSES, BATCH = 5, (6, 4, 7), 3, 8
 RUNS = ((3, "ortho"), (4, "lecun"), (5, "frenkel"))

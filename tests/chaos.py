@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, Self
 import optuna
 from optuna.samplers import GridSampler
 
-from bpf import api, cli, supervisor, worker
-from bpf.experiment import open_experiment
-from bpf.plan import Row
-from bpf.worker import Job
+from bpf import api
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
+from bpf.study.plan import Row
+from bpf.workers import supervisor, worker
+from bpf.workers.worker import Job
 
 FIFO, TOKEN = "BPF_CHAOS_FIFO", "BPF_CHAOS_TOKEN"
 HANG_SECONDS = 90.0
@@ -37,43 +39,43 @@ HANG_SECONDS = 90.0
 TRAINING = {
     "worker": {
         "os:fsync": 50.0,  # in the midst of writing a file, and after its renaming
-        "bpf.checkpoint:save": 25.0,
-        "bpf.models:save": 1.0,
-        "bpf.optim:StackedOptimizer.step": 550.0,
-        "bpf.plan:keep_history": 3.0,
-        "bpf.study:Study.claim": 1.0,
-        "bpf.study:Study.finish": 3.0,
-        "bpf.study:Study.progressed": 2.0,
-        "bpf.training:Cohort.run_epoch": 24.0,
-        "bpf.trials:Trials.begin": 3.0,  # in the transaction of `Study.claim`
-        "bpf.trials:Trials.end": 3.0,  # in that of `Study.finish`
-        "bpf.worker:Worker._discard_checkpoint": 1.0,
-        "bpf.worker:Worker._discard_models": 1.0,
-        "bpf.worker:Worker.run": 0.1,
+        "bpf.training.checkpoint:save": 25.0,
+        "bpf.results.models:save": 1.0,
+        "bpf.nn.optim:StackedOptimizer.step": 550.0,
+        "bpf.study.plan:keep_history": 3.0,
+        "bpf.study.study:Study.claim": 1.0,
+        "bpf.study.study:Study.finish": 3.0,
+        "bpf.study.study:Study.progressed": 2.0,
+        "bpf.training.cohort:Cohort.run_epoch": 24.0,
+        "bpf.study.trials:Trials.begin": 3.0,  # in the transaction of `Study.claim`
+        "bpf.study.trials:Trials.end": 3.0,  # in that of `Study.finish`
+        "bpf.workers.worker:Worker._discard_checkpoint": 1.0,
+        "bpf.workers.worker:Worker._discard_models": 1.0,
+        "bpf.workers.worker:Worker.run": 0.1,
     },
     "supervisor": {
-        "bpf.supervisor:Supervisor._gone": 0.1,
-        "bpf.supervisor:Supervisor._hear": 50.0,
-        "bpf.supervisor:Supervisor._listen": 50.0,
-        "bpf.supervisor:Supervisor._start": 0.1,
+        "bpf.workers.supervisor:Supervisor._gone": 0.1,
+        "bpf.workers.supervisor:Supervisor._hear": 50.0,
+        "bpf.workers.supervisor:Supervisor._listen": 50.0,
+        "bpf.workers.supervisor:Supervisor._start": 0.1,
     },
 }
 PLANNING = {
     "supervisor": {
         "os:fsync": 1.0,
-        "bpf.experiment:Experiment.save": 1.0,
-        "bpf.plan:insert": 1.0,  # in the transaction of `Study.plan`
-        "bpf.schema:add_experiment": 1.0,
-        "bpf.study:Study.create": 1.0,
-        "bpf.study:Study.plan": 1.0,
-        "bpf.supervisor:Supervisor._start": 1.0,
+        "bpf.experiment.directory:Experiment.save": 1.0,
+        "bpf.study.plan:insert": 1.0,  # in the transaction of `Study.plan`
+        "bpf.study.schema:add_experiment": 1.0,
+        "bpf.study.study:Study.create": 1.0,
+        "bpf.study.study:Study.plan": 1.0,
+        "bpf.workers.supervisor:Supervisor._start": 1.0,
     }
 }
-STORED = ("bpf.checkpoint:save", "bpf.study:Study.finish")
+STORED = ("bpf.training.checkpoint:save", "bpf.study.study:Study.finish")
 
 
 def places(of: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Places in words, such as `worker before bpf.study:Study.claim`."""
+    """Places in words, such as `worker before bpf.study.study:Study.claim`."""
     return {
         f"{role} {when} {function}": passes
         for role, functions in of.items()

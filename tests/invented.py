@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bpf.api import open_tune
-from bpf.claims import outcome
-from bpf.experiment import Experiment, Place
-from bpf.plan import Row
-from bpf.spec import GridSpec
-from bpf.study import Owner
+from bpf.experiment.directory import Experiment, Place
+from bpf.spec.run import GridSpec
+from bpf.study.plan import Row
+from bpf.study.study import Owner
+from bpf.workers.claims import outcome
 
 Invent = Callable[[Row, int], dict[str, Any]]
 """The record of one execution, which is counted from 0, with its history."""

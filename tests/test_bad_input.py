@@ -30,14 +30,15 @@ from PIL import Image
 
 import bpf.data.fetching
 import bpf.study
-from bpf import cli, worker
-from bpf.events import Event, Trained
-from bpf.experiment import open_experiment
-from bpf.owner import Owner
-from bpf.stopping import Interrupted, Stop
-from bpf.study import Study
-from bpf.supervisor import Supervisor
-from bpf.worker import Job, Worker
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
+from bpf.study.owner import Owner
+from bpf.study.study import Study
+from bpf.workers import worker
+from bpf.workers.events import Event, Trained
+from bpf.workers.stopping import Interrupted, Stop
+from bpf.workers.supervisor import Supervisor
+from bpf.workers.worker import Job, Worker
 
 TRAIN = "train --dataset digits --algorithm dfa"
 TUNE = "tune --dataset digits --algorithm dfa"
@@ -915,7 +916,7 @@ def unprivileged() -> list[str]:
 AS_JSON = """
 import io, json, shlex, sys
 from contextlib import redirect_stderr, redirect_stdout
-from bpf import cli
+from bpf.cli import app as cli
 
 outcomes = []
 for command in sys.argv[1:]:
@@ -1043,7 +1044,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids are trained in this process, and nobody waits for long."""
     monkeypatch.setattr(Supervisor, "run", train_here)
     monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.0)
-    monkeypatch.setattr(bpf.study, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(bpf.study.study, "FIRST_PAUSE", 0.0)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a descriptor's file in /proc")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from bpf import api
-from bpf.experiment import open_experiment
+from bpf.experiment.directory import open_experiment
 from chaos import PLANNING, TRAINING, Command, assert_ran_once, files, needed, outcomes, places
 
 KILLS = int(os.environ.get("BPF_CHAOS_KILLS", "20"))

@@ -23,21 +23,21 @@ import yaml
 from safetensors import safe_open
 
 import bpf
-from bpf import cli
-from bpf.events import Trained
-from bpf.experiment import open_experiment
-from bpf.fields import bounds, choices
-from bpf.owner import Owner
-from bpf.spec import GridSpec, RunSpec
-from bpf.stopping import Interrupted, Stop
-from bpf.supervisor import Supervisor
-from bpf.training import Cohort
-from bpf.worker import Job, Worker
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
+from bpf.spec.fields import bounds, choices
+from bpf.spec.run import GridSpec, RunSpec
+from bpf.study.owner import Owner
+from bpf.training.cohort import Cohort
+from bpf.workers.events import Trained
+from bpf.workers.stopping import Interrupted, Stop
+from bpf.workers.supervisor import Supervisor
+from bpf.workers.worker import Job, Worker
 
 SMALL = "--arch 8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.1 --executions-per-trial 2"
 GRID = f"tune ex --dataset digits --algorithm dfa {SMALL} --epochs 2 -q"
 RUN = "train one --dataset digits --algorithm dfa --arch 8 --examples-frac 0.1 --epochs 2"
-BPF = [sys.executable, "-c", "import sys; from bpf.cli import main; main(sys.argv[1:])"]
+BPF = [sys.executable, "-c", "import sys; from bpf.cli.app import main; main(sys.argv[1:])"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def values(cells: list[dict[str, Any]]) -> dict[tuple[str, float], tuple[str, li
 def test_what_only_reads_imports_nothing_heavy(command: str) -> None:
     script = (
         "import sys, atexit\n"
-        "from bpf.cli import main\n"
+        "from bpf.cli.app import main\n"
         "heavy = {'torch', 'optuna', 'torchvision', 'sqlalchemy'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
         "main(sys.argv[1:])\n"

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bpf import training
 from bpf.data import cache
-from bpf.experiment import load_rules
-from bpf.spec import RunSpec
-from bpf.training import Cohort
+from bpf.experiment.directory import load_rules
+from bpf.spec.run import RunSpec
+from bpf.training import cohort as training
+from bpf.training.cohort import Cohort
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce"])
 # All that the runs of a cohort may differ in, and in no sorted order.

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from bpf import dashboard
-from bpf.database import Database
 from bpf.errors import UsageError
-from bpf.experiment import Experiment, Place
-from bpf.plan import Row
+from bpf.experiment.directory import Experiment, Place
+from bpf.results import dashboard
+from bpf.study.database import Database
+from bpf.study.plan import Row
 from invented import finished, planned, record
 
 pytest.importorskip("optuna_dashboard")
@@ -36,9 +36,9 @@ def served(experiment: Experiment) -> Iterator[tuple[subprocess.Popen[str], str]
     """The dashboard in a process of its own, as `bpf dashboard` has it, and its address."""
     script = """
         from pathlib import Path
-        from bpf import dashboard
-        from bpf.database import Database
-        from bpf.experiment import Place, open_experiment
+        from bpf.results import dashboard
+        from bpf.study.database import Database
+        from bpf.experiment.directory import Place, open_experiment
         directory, storage = Path(input()), input()
         experiment = open_experiment(directory, Place(Database.at(storage) if storage else None))
         dashboard.serve(experiment, 0, lambda url: print(url, flush=True))

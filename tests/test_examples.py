@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bpf import api, cli
-from bpf.experiment import open_experiment
+from bpf import api
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from bpf.algorithms import Algorithm
 from bpf.errors import UsageError
-from bpf.experiment import open_experiment, prepare
-from bpf.fields import build
-from bpf.grid import expand, resolve_options
-from bpf.spec import GridSpec
+from bpf.experiment.directory import open_experiment, prepare
+from bpf.experiment.grid import expand, resolve_options
+from bpf.spec.fields import build
+from bpf.spec.run import GridSpec
 
 
 class Fake(Algorithm):

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from bpf import exporting
 from bpf.errors import UsageError
-from bpf.experiment import Experiment
-from bpf.plan import Row
+from bpf.experiment.directory import Experiment
+from bpf.results import exporting
+from bpf.study.plan import Row
 from invented import finished, planned, record
 
 PARAMETERS = {

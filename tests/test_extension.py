@@ -13,9 +13,10 @@ import pytest
 from optuna.samplers import GridSampler
 from safetensors import safe_open
 
-from bpf import api, cli
-from bpf.experiment import open_experiment
-from bpf.plan import Row
+from bpf import api
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
+from bpf.study.plan import Row
 
 GRID = [
     *("--dataset", "digits", "--algorithm", "bp,drtp", "--arch", "8", "--activation", "tanh", "--no-batch-norm"),

@@ -12,10 +12,10 @@ from bpf.algorithms import Algorithm, Options
 from bpf.algorithms.bp import Backpropagation
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.errors import UsageError
-from bpf.experiment import load_rules
-from bpf.fields import build
-from bpf.grid import Holes, LeftOut, as_grid, check_run, execution, expand, resolve_options, setup, setups
-from bpf.spec import GridSpec, RunSpec, digest
+from bpf.experiment.directory import load_rules
+from bpf.experiment.grid import Holes, LeftOut, as_grid, check_run, execution, expand, resolve_options, setup, setups
+from bpf.spec.fields import build
+from bpf.spec.run import GridSpec, RunSpec, digest
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 PER_RUN = {"lr", "bw_init", "dropout", "weight_decay", "seed"}

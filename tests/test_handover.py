@@ -17,15 +17,16 @@ import yaml
 from optuna.samplers import GridSampler
 
 import bpf as package
-from bpf import api, cli
+from bpf import api
+from bpf.cli import app as cli
 from bpf.errors import UsageError
-from bpf.experiment import Experiment, find, open_experiment, prepare
-from bpf.fields import build
-from bpf.grid import setup
-from bpf.handover import Handed, Taken, phase_directory, rates, resolve
-from bpf.plan import Row
-from bpf.results import Spread, best_columns, best_per
-from bpf.spec import GridSpec
+from bpf.experiment.directory import Experiment, find, open_experiment, prepare
+from bpf.experiment.grid import setup
+from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
+from bpf.spec.fields import build
+from bpf.spec.run import GridSpec
+from bpf.study.plan import Row
+from bpf.study.ranking import Spread, best_columns, best_per
 
 SMALL = "--dataset digits --no-batch-norm --bw-init ortho --examples-frac 0.2"
 FAST = "--workers 1 --quiet"
@@ -95,7 +96,7 @@ def grid(**changes: Any) -> GridSpec:
 
 def pretend(directory: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[Row], Row]) -> Experiment:
     """An experiment as it would be if its cells were what `change` makes of them."""
-    from bpf.study import Study
+    from bpf.study.study import Study
 
     changed = [change(row) for row in rows(directory)]
     monkeypatch.setattr(Study, "rows", lambda *arguments, **named: changed)

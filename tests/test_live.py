@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from bpf import console
 from bpf.api import Outset
-from bpf.console import LiveProgress, sparkline
-from bpf.events import Began, Ended, Trained, Trouble
+from bpf.console import tables as console
+from bpf.console.tables import LiveProgress, sparkline
+from bpf.workers.events import Began, Ended, Trained, Trouble
 
 OUTSET = Outset("val_loss", total=8, open=7, cost=70.0, best={"bp": 0.5}, varying=frozenset({"lr"}))
 BEGAN = Began("dfa", "500-500", "tanh", cells=2, runs=6, epoch=0, epochs=10, cost=20.0)

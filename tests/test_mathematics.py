@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from bpf.algorithms import Problem, Step
-from bpf.experiment import load_rules
-from bpf.losses import output_loss, squash_for
-from bpf.network import Layer, Network, Structure
-from bpf.randomness import Dropout
+from bpf.experiment.directory import load_rules
+from bpf.nn.losses import output_loss, squash_for
+from bpf.nn.network import Layer, Network, Structure
+from bpf.nn.randomness import Dropout
 
 RUNS, BATCH, INPUTS, CLASSES, WIDTHS = 3, 11, 6, 4, (7, 5, 8)
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bpf import models
 from bpf.data import cache
 from bpf.data.base import Arrays
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
-from bpf.evaluation import evaluate, predict
-from bpf.experiment import load_rules
-from bpf.network import Network
-from bpf.spec import RunSpec
-from bpf.training import Cohort
+from bpf.experiment.directory import load_rules
+from bpf.nn.network import Network
+from bpf.results import models
+from bpf.results.evaluation import evaluate, predict
+from bpf.spec.run import RunSpec
+from bpf.training.cohort import Cohort
 
 RULES = load_rules(["bp", "dfa"])
 DIGITS = list("0123456789")
@@ -161,7 +161,7 @@ def test_batches_of_every_size_and_the_images_given_stay_as_they_are(model, digi
 
 
 def _structure(metadata, data):
-    from bpf.network import Structure
+    from bpf.nn.network import Structure
 
     run = RunSpec.model_validate_json(metadata["spec"])
     return Structure(64, run.widths, len(data.classes), run.activation, run.batch_norm, run.use_bias, run.init)

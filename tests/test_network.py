@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from bpf.algorithms import Problem, Step
 from bpf.algorithms.local_loss import LocalCrossEntropy
-from bpf.initialisers import FEEDBACK, forward_bias, forward_weight
-from bpf.losses import cross_entropy
-from bpf.network import Network, Structure, random_feedback
-from bpf.randomness import Dropout, generator, orders
+from bpf.nn.initialisers import FEEDBACK, forward_bias, forward_weight
+from bpf.nn.losses import cross_entropy
+from bpf.nn.network import Network, Structure, random_feedback
+from bpf.nn.randomness import Dropout, generator, orders
 
 CPU = torch.device("cpu")
 UNITS, TARGETS = 900, 100

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from bpf import cli, notifying
+from bpf.cli import app as cli
 from bpf.errors import UsageError
-from bpf.notifying import Notifier, check, hidden, shown, summarize
-from bpf.plan import Row
+from bpf.results import notifying
+from bpf.results.notifying import Notifier, check, hidden, shown, summarize
+from bpf.study.plan import Row
 from invented import finished, planned, record
 
 SUMMARY = {"experiment": "runs/mine", "event": "finished", "message": "Done: ½", "cells": {"complete": 2}}

@@ -26,15 +26,17 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from bpf import api, cli, schema
-from bpf import owner as owners
-from bpf.database import Database
+from bpf import api
+from bpf.cli import app as cli
 from bpf.errors import RunError, UsageError
-from bpf.events import Ended, Event, Trained, Trouble
-from bpf.experiment import Experiment, Place
-from bpf.spec import GridSpec
-from bpf.study import Axis, Cell, Claim, Fenced, Owner, Study
-from bpf.worker import Job, Worker
+from bpf.experiment.directory import Experiment, Place
+from bpf.spec.run import GridSpec
+from bpf.study import owner as owners
+from bpf.study import schema
+from bpf.study.database import Database
+from bpf.study.study import Axis, Cell, Claim, Fenced, Owner, Study
+from bpf.workers.events import Ended, Event, Trained, Trouble
+from bpf.workers.worker import Job, Worker
 from servers import PostgresServer
 
 ROOT = Path(__file__).parents[1]
@@ -309,7 +311,7 @@ def test_who_works_is_known(study: Study) -> None:
 def test_a_dead_process_of_this_machine_is_found_at_once(url: str, study: Study, child: Any, owner: Owner) -> None:
     script = """
         import os, signal, sys
-        from bpf.study import Owner, Study
+        from bpf.study.study import Owner, Study
 
         study = Study.open(sys.argv[1])
         claim = study.claim(Owner(study.locks), lambda row: 3)
@@ -345,7 +347,7 @@ def test_four_processes_create_at_once(url: str, child: Any) -> None:
     script = """
         import sys
         from bpf.errors import UsageError
-        from bpf.study import Axis, Cell, Study
+        from bpf.study.study import Axis, Cell, Study
 
         name = sys.argv[2]
         print("ready", flush=True)
@@ -396,7 +398,7 @@ def test_two_that_find_no_tables_do_not_both_make_them(url: str) -> None:
 
 COMPLAINING_CHILD = """
     import logging, sys
-    from bpf.study import Study
+    from bpf.study.study import Study
 
     Study.open(sys.argv[1]).close()
     logging.getLogger("psycopg").warning("error ignored terminating the connection")
@@ -411,8 +413,8 @@ def test_what_the_driver_logs_is_not_printed(postgres_url: str, child: Any) -> N
 
 BUSY_CHILD = """
     import sys
-    from bpf import study as studies
-    from bpf.study import Owner, Study
+    from bpf.study import study as studies
+    from bpf.study.study import Owner, Study
 
     studies.LONGEST_PAUSE = 0.5
     with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner, study.renewing(owner):
@@ -609,8 +611,8 @@ def test_without_patience_and_after_it_the_failure_is_told(
 
 ELSEWHERE = """
     import sys
-    from bpf import owner as owners
-    from bpf.study import Fenced, Owner, Study
+    from bpf.study import owner as owners
+    from bpf.study.study import Fenced, Owner, Study
 
     owners.machine = lambda: "elsewhere"
     owners.LEASE_SECONDS, owners.RENEW_SECONDS = float(sys.argv[2]), 0.1
@@ -744,8 +746,8 @@ def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_o
     script = """
         import os, signal, sys
         from optuna.storages import RDBStorage
-        from bpf import database
-        from bpf.study import Owner, Study
+        from bpf.study import database
+        from bpf.study.study import Owner, Study
 
         def stand_still(*arguments, **options):
             RDBStorage.create_new_trial = original
@@ -781,7 +783,7 @@ GRID = [
     *("--bw-init", "ortho", "--lr", "0.001,0.01", "--epochs", "3", "--examples-frac", "0.2"),
     *("--executions-per-trial", "2", "--checkpoint-every", "0"),
 ]
-BPF = [sys.executable, "-c", "import sys; from bpf.cli import main; main(sys.argv[1:])"]
+BPF = [sys.executable, "-c", "import sys; from bpf.cli.app import main; main(sys.argv[1:])"]
 
 
 def opened(directory: Path, where: str | Path, **spec: Any) -> Experiment:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from bpf import api, cli, processes
-from bpf.experiment import open_experiment
+from bpf import api
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
+from bpf.workers import processes
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
 """How long anything that is waited for may take."""
-PROGRAM = "import sys; from bpf.cli import main; main(sys.argv[1:])"
+PROGRAM = "import sys; from bpf.cli.app import main; main(sys.argv[1:])"
 GRID = {"dataset": "digits", "algorithm": "dfa", "arch": "8", "activation": "tanh", "batch_norm": False}
 GRID |= {"lr": 0.01, "bw_init": "ortho", "epochs": 1, "executions_per_trial": 1, "examples_frac": 0.2}
 
@@ -95,7 +97,7 @@ def test_a_rule_beside_a_script_need_not_be_installed(tmp_path: Path) -> None:
 
 STARTING = """
     import multiprocessing, os, sys
-    from bpf import processes
+    from bpf.workers import processes
 
     processes.METHOD, processes.PRELOADED = sys.argv[1], ("ours",)
     sys.path.insert(0, "code")
@@ -196,7 +198,7 @@ def test_nothing_stays_behind_when_the_command_ends_before_any_worker(
 INTERRUPTED = """
 import os, signal
 from multiprocessing import forkserver
-from bpf import processes
+from bpf.workers import processes
 
 processes.warm_up()
 os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
@@ -215,7 +217,7 @@ def test_an_interrupt_during_the_imports_leaves_the_server_alone(tmp_path: Path)
 
 AT_ONCE = """
 import os, pickle, sys, threading, time
-from bpf import processes
+from bpf.workers import processes
 
 def mine(): pass
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import bpf
-from bpf import provenance as module
-from bpf.provenance import provenance, redacted
+from bpf.experiment import provenance as module
+from bpf.experiment.provenance import provenance, redacted
 from bpf.registry import Plugin
 
 IDENTITY = {
@@ -249,7 +249,8 @@ def test_a_gpu_that_fails(monkeypatch):
 
 def test_nothing_heavy_is_imported():
     script = (
-        "import sys; from bpf.provenance import provenance, redacted; provenance([]); redacted(['bpf', 'a@b:c']);"
+        "import sys; from bpf.experiment.provenance import provenance, redacted\n"
+        "provenance([]); redacted(['bpf', 'a@b:c'])\n"
         "print(sorted({'torch', 'optuna', 'numpy', 'sqlalchemy', 'pydantic'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

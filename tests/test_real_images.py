@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpf import cli
+from bpf.cli import app as cli
 from browser import check_page
 
 SOURCE = os.environ.get("BPF_TEST_FASHION_MNIST")

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from bpf import api, cli
-from bpf.experiment import open_experiment
+from bpf import api
+from bpf.cli import app as cli
+from bpf.experiment.directory import open_experiment
 from chaos import Command, assert_ran_once, files, needed, outcomes
 
 RULES = ("bp", "drtp", "ll-cce")
@@ -45,13 +46,13 @@ def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "places",
     [
-        ("before bpf.study:Study.claim", "after bpf.trials:Trials.begin", "after bpf.study:Study.claim"),
-        ("before bpf.training:Cohort.run_epoch", "after bpf.training:Cohort.run_epoch"),
-        ("after bpf.optim:StackedOptimizer.step", "before bpf.worker:Worker.run"),
-        ("before bpf.checkpoint:save", "before os:fsync", "after os:fsync", "after bpf.checkpoint:save"),
-        ("before bpf.models:save", "after bpf.models:save"),
-        ("before bpf.study:Study.finish", "after bpf.trials:Trials.end", "after bpf.study:Study.finish"),
-        ("before bpf.worker:Worker._discard_models", "before bpf.worker:Worker._discard_checkpoint"),
+        ("before bpf.study.study:Study.claim", "after bpf.study.trials:Trials.begin", "after bpf.study:Study.claim"),
+        ("before bpf.training.cohort:Cohort.run_epoch", "after bpf.training:Cohort.run_epoch"),
+        ("after bpf.nn.optim:StackedOptimizer.step", "before bpf.workers.worker:Worker.run"),
+        ("before bpf.training.checkpoint:save", "before os:fsync", "after os:fsync", "after bpf.checkpoint:save"),
+        ("before bpf.results.models:save", "after bpf.models:save"),
+        ("before bpf.study.study:Study.finish", "after bpf.study.trials:Trials.end", "after bpf.study:Study.finish"),
+        ("before bpf.workers.worker:Worker._discard_models", "before bpf.worker:Worker._discard_checkpoint"),
     ],
     ids=["claim", "epoch", "step", "checkpoint", "model", "finish", "discard"],
 )
@@ -77,19 +78,19 @@ def test_a_worker_killed_at_any_place_is_started_again_and_the_numbers_are_the_s
     "places",
     [
         {
-            "before bpf.experiment:Experiment.save": 1,
+            "before bpf.experiment.directory:Experiment.save": 1,
             "before os:fsync": 1,
             "after os:fsync": 1,
-            "after bpf.experiment:Experiment.save": 1,
-            "before bpf.schema:add_experiment": 1,
-            "after bpf.study:Study.create": 1,
-            "after bpf.plan:insert": 1,
-            "after bpf.study:Study.plan": 1,
+            "after bpf.experiment.directory:Experiment.save": 1,
+            "before bpf.study.schema:add_experiment": 1,
+            "after bpf.study.study:Study.create": 1,
+            "after bpf.study.plan:insert": 1,
+            "after bpf.study.study:Study.plan": 1,
         },
         {
-            "after bpf.supervisor:Supervisor._start": 1,
-            "before bpf.supervisor:Supervisor._hear": 10,
-            "after bpf.supervisor:Supervisor._hear": 12,
+            "after bpf.workers.supervisor:Supervisor._start": 1,
+            "before bpf.workers.supervisor:Supervisor._hear": 10,
+            "after bpf.workers.supervisor:Supervisor._hear": 12,
         },
     ],
     ids=["planning", "training"],
@@ -129,9 +130,9 @@ def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str,
     directory = tmp_path / "grid"
     with Command(tmp_path / "command", "tune", str(directory), *GRID, "--workers", "1") as command:
         for place, passes in (
-            ("before bpf.training:Cohort.run_epoch", 1),
-            ("before bpf.training:Cohort.run_epoch", 1),
-            ("after bpf.checkpoint:save", 3),
+            ("before bpf.training.cohort:Cohort.run_epoch", 1),
+            ("before bpf.training.cohort:Cohort.run_epoch", 1),
+            ("after bpf.training.checkpoint:save", 3),
         ):
             command.arm({f"worker {place}": passes})
             assert command.until("killed") is not None, command.output
@@ -155,7 +156,7 @@ def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
         (server,) = left - set(command.workers)
         assert command.kill(server)
         command.until("stored")
-        command.arm({"worker after bpf.checkpoint:save": 1})
+        command.arm({"worker after bpf.training.checkpoint:save": 1})
         assert command.until("killed") is not None
         assert command.wait() == 0, command.output
         command.wait_for_nobody()
@@ -165,12 +166,12 @@ def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
 
 
 def test_a_resume_really_continues_and_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpf.training import Cohort
+    from bpf.training.cohort import Cohort
 
     directory = tmp_path / "run"
     arguments = ("--dataset", "digits", "--algorithm", "dfa", "--epochs", "5", "--arch", "8", "--quiet")
     # a single run is trained by the command's own process
-    faults = {"supervisor after bpf.checkpoint:save": 3}
+    faults = {"supervisor after bpf.training.checkpoint:save": 3}
     with Command(
         tmp_path / "command", "train", str(directory), *arguments, "--checkpoint-every", "0", faults=faults
     ) as c:

@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 
-from bpf import api, cli
+from bpf import api
+from bpf.cli import app as cli
 from bpf.errors import UsageError
-from bpf.experiment import open_experiment
-from bpf.plan import Row
+from bpf.experiment.directory import open_experiment
 from bpf.report import comparing, drawing, figure_sections, figures, memory, report, tables, text_sections
 from bpf.report.block import block
 from bpf.report.drawing import Palette, short, word
+from bpf.study.plan import Row
 from browser import check_page
 
 NAN = pytest.approx(math.nan, nan_ok=True)
@@ -599,7 +600,7 @@ def test_a_single_run_has_a_report(tmp_path):
 
 
 def test_only_the_best_cells_histories_are_read(experiments, tmp_path, monkeypatch):
-    from bpf.study import Study
+    from bpf.study.study import Study
 
     read = []
     history = Study.history

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from bpf.errors import UsageError
-from bpf.fields import bounds, build, choices
-from bpf.spec import TUNABLE, GridSpec, RunSpec, digest
+from bpf.spec.fields import bounds, build, choices
+from bpf.spec.run import TUNABLE, GridSpec, RunSpec, digest
 
 RUN = {"dataset": "digits", "algorithm": "dfa"}
 GRID = {"dataset": "digits", "algorithm": "dfa,bp"}

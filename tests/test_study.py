@@ -24,10 +24,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-import bpf.trials
-from bpf import database, schema
+import bpf.study.trials
 from bpf.errors import RunError, UsageError
-from bpf.study import Axis, Cell, Claim, Owner, Row, Study
+from bpf.study import database, schema
+from bpf.study.study import Axis, Cell, Claim, Owner, Row, Study
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def run_child(script: str, *arguments: str | Path) -> subprocess.CompletedProces
 
 KILLED_WHILE_TRAINING = """
     import os, signal, sys
-    from bpf.study import Owner, Study
+    from bpf.study.study import Owner, Study
 
     study = Study.open(sys.argv[1])
     claim = study.claim(Owner(study.locks), lambda row: int(sys.argv[2]))
@@ -194,7 +194,7 @@ def test_a_trial_is_made_as_optuna_makes_it(path: Path, monkeypatch: pytest.Monk
     found = []
     for way in ("ours", "Optuna's"):
         if way != "ours":
-            monkeypatch.delattr(bpf.trials._Storage, "_get_prepared_new_trial")
+            monkeypatch.delattr(bpf.study.trials._Storage, "_get_prepared_new_trial")
         place = path.with_name(f"{way}.db")
         with planned(place, [ARCH, RATE, BATCH]) as study, Owner(study.locks) as owner:
             study.plan({"bp": [RATE]}, cells_of([RATE], "bp"))
@@ -233,7 +233,7 @@ def test_nothing_is_logged(path: Path) -> None:
     script = """
         import sys
         import optuna
-        from bpf.study import Axis, Cell, Owner, Study
+        from bpf.study.study import Axis, Cell, Owner, Study
 
         with Study.create(sys.argv[1], "mine", {}) as study, Owner(study.locks) as owner:
             study.plan({"bp": []}, [Cell("key", "bp", "any", {}, {})])
@@ -417,7 +417,7 @@ def test_four_processes_claim_each_cell_once(path: Path) -> None:
     planned(path, [rates]).close()
     script = """
         import sys
-        from bpf.study import Owner, Study
+        from bpf.study.study import Owner, Study
 
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
@@ -625,7 +625,7 @@ def test_a_dissolved_cohort_goes_on_in_smaller_ones(path: Path, study: Study, ow
 KILLED_INSIDE = """
     import os, signal, sys
     from optuna.storages import RDBStorage
-    from bpf.study import Owner, Study
+    from bpf.study.study import Owner, Study
 
     def killed(*arguments, **options):
         if sys.argv[3] == "after":
@@ -661,7 +661,7 @@ def test_a_kill_between_our_write_and_optunas_leaves_neither(
 def test_a_forked_child_does_not_keep_its_dead_parent_alive(path: Path, study: Study) -> None:
     script = """
         import os, signal, sys
-        from bpf.study import Owner, Study
+        from bpf.study.study import Owner, Study
 
         study = Study.open(sys.argv[1])
         owner = Owner(study.locks)
@@ -810,7 +810,7 @@ def test_another_optuna_is_refused(path: Path, study: Study, monkeypatch: pytest
 
 
 def test_an_optuna_that_numbers_otherwise_is_refused(path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpf.trials, "GridSampler", lambda space: GridSampler(space, seed=1))
+    monkeypatch.setattr(bpf.study.trials, "GridSampler", lambda space: GridSampler(space, seed=1))
     assert opening_fails(path) == (
         f"optuna {optuna.__version__} numbers the points of a grid differently from optuna 5.0, "
         "which bpf was made for: pip install optuna==5.0.0"

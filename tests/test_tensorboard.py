@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from bpf import api, models, tensorboard
+from bpf import api
 from bpf.errors import UsageError
-from bpf.experiment import Experiment
-from bpf.plan import Row
-from bpf.spec import RunSpec
+from bpf.experiment.directory import Experiment
+from bpf.results import models, tensorboard
+from bpf.spec.run import RunSpec
+from bpf.study.plan import Row
 from invented import finished, planned, record
 
 pytest.importorskip("tensorboard")
@@ -236,8 +237,8 @@ def test_neither_tensorflow_nor_torch_is_imported(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from bpf import tensorboard
-        from bpf.experiment import open_experiment
+        from bpf.results import tensorboard
+        from bpf.experiment.directory import open_experiment
         print(tensorboard.write(open_experiment(Path("mine")), Path("logs")), "torch" in sys.modules)
     """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -289,7 +290,7 @@ def test_tensorboard_serves_several_experiments_until_it_is_interrupted(tmp_path
     script = f"""
         import sys
         from pathlib import Path
-        from bpf import tensorboard
+        from bpf.results import tensorboard
         sys.exit(tensorboard.serve([Path("one/tensorboard"), Path("two/tensorboard")], {port}))
     """
     process = subprocess.Popen(

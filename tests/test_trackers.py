@@ -10,17 +10,17 @@ from bpf.algorithms import Problem
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.algorithms.drtp import DirectRandomTargetProjection
 from bpf.data import cache
-from bpf.experiment import load_rules
-from bpf.losses import cross_entropy
-from bpf.network import Network, Structure
-from bpf.spec import RunSpec
+from bpf.experiment.directory import load_rules
+from bpf.nn.losses import cross_entropy
+from bpf.nn.network import Network, Structure
+from bpf.spec.run import RunSpec
 from bpf.trackers import Probe, Tracker
 from bpf.trackers.activity import Activations
 from bpf.trackers.alignment import BpCosine, WeightAlignment
 from bpf.trackers.base import cosine
 from bpf.trackers.local import LocalLoss
 from bpf.trackers.norms import Gradients, Weights
-from bpf.training import Cohort
+from bpf.training.cohort import Cohort
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 RUNS, BATCH, INPUTS, TARGETS = 3, 20, 6, 4

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bpf import training
 from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
-from bpf.experiment import load_rules
-from bpf.feed import Feed
-from bpf.network import Network, Structure
-from bpf.optim import StackedOptimizer
-from bpf.randomness import Dropout, generator, orders
-from bpf.spec import RunSpec
-from bpf.training import DIVERGED_LOSS, Cohort
+from bpf.experiment.directory import load_rules
+from bpf.nn.network import Network, Structure
+from bpf.nn.optim import StackedOptimizer
+from bpf.nn.randomness import Dropout, generator, orders
+from bpf.spec.run import RunSpec
+from bpf.training import cohort as training
+from bpf.training.cohort import DIVERGED_LOSS, Cohort
+from bpf.training.feed import Feed
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 LAYERWISE = ("drtp", "ll-cce", "ll-mse")

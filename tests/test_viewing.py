@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 import bpf
-from bpf import api, cli
+from bpf import api
+from bpf.cli import app as cli
 from bpf.errors import UsageError
-from bpf.experiment import open_experiment
+from bpf.experiment.directory import open_experiment
 from invented import finished, planned, record
 
 GRID = {

@@ -24,15 +24,18 @@ import sqlalchemy as sa
 import torch
 from optuna.samplers import GridSampler
 
-from bpf import api, cli, models, worker
+from bpf import api
 from bpf.algorithms.dfa import DirectFeedbackAlignment
+from bpf.cli import app as cli
 from bpf.errors import RunError
-from bpf.events import Event, Trained
-from bpf.experiment import Experiment, open_experiment
-from bpf.plan import Row
-from bpf.spec import GridSpec
-from bpf.study import Axis, Cell, Owner, Study
-from bpf.worker import Job, Worker
+from bpf.experiment.directory import Experiment, open_experiment
+from bpf.results import models
+from bpf.spec.run import GridSpec
+from bpf.study.plan import Row
+from bpf.study.study import Axis, Cell, Owner, Study
+from bpf.workers import worker
+from bpf.workers.events import Event, Trained
+from bpf.workers.worker import Job, Worker
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
@@ -86,7 +89,7 @@ class Troubled(DirectFeedbackAlignment):
 '''
 SHAPE = {"dataset": "digits", "arch": ["8"], "activation": ["tanh"], "batch_norm": [False], "lr": [0.01]}
 SHAPE |= {"epochs": 3, "examples_frac": 0.2}
-BPF = "import sys; from bpf.cli import main; main(sys.argv[1:])"
+BPF = "import sys; from bpf.cli.app import main; main(sys.argv[1:])"
 
 
 def eventually(happened: Callable[[], Any]) -> Any:
@@ -242,7 +245,7 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         study.plan({"dfa": [rates]}, cells)
     script = """
         import sys
-        from bpf.study import Owner, Study
+        from bpf.study.study import Owner, Study
 
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
@@ -484,8 +487,9 @@ def test_out_of_memory_with_one_run_a_cell_fails(
 
 LIMITED = """
 import resource, sys
-from bpf import study, worker
-from bpf.cli import main
+from bpf.study import study
+from bpf.workers import worker
+from bpf.cli.app import main
 
 worker.FULL_DISK_SECONDS, study.LONGEST_PAUSE = 0.05, 0.2
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
@@ -577,7 +581,7 @@ def test_a_database_that_is_gone_for_good_costs_no_epoch(
         told = bpf("worker", "grid", "--device", "cpu", "--quiet")
     assert told == (1, "", "Error: The study database failed: it is gone.\n")
     assert [row.state for row in api.rows(experiment)] == ["interrupted"]
-    monkeypatch.setattr("bpf.training.Cohort.run_epoch", gone)
+    monkeypatch.setattr("bpf.training.cohort.Cohort.run_epoch", gone)
     assert bpf("worker", "grid", "--device", "cpu", "--quiet") == (0, "", "")
     assert [row.state for row in api.rows(experiment)] == ["complete"]
 

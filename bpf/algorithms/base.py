@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bpf.losses import Loss
-from bpf.network import Layer, Network, Trace
-from bpf.spec import Frozen
+from bpf.nn.losses import Loss
+from bpf.nn.network import Layer, Network, Trace
+from bpf.spec.run import Frozen
 
 
 class Options(Frozen):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bpf.algorithms.base import ProjectionRule
-from bpf.losses import cross_entropy, squared_error
+from bpf.nn.losses import cross_entropy, squared_error
 
 
 class LocalCrossEntropy(ProjectionRule):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpf.experiment import Experiment
+from bpf.experiment.directory import Experiment
 
 FORMATS = ("png", "svg", "pdf")
 

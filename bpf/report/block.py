@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bpf.experiment import Experiment
-from bpf.plan import Row
+from bpf.experiment.directory import Experiment
 from bpf.report import drawing, tables
 from bpf.report.drawing import Palette
-from bpf.results import Ranked, rank, winners
+from bpf.study.plan import Row
+from bpf.study.ranking import Ranked, rank, winners
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

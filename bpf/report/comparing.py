@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bpf.plan import Row, Value
 from bpf.report.tables import complete, executions, objective_of, of_rule, rules_of
+from bpf.study.plan import Row, Value
 
 CONFIDENCE = 0.95
 ENOUGH = 3

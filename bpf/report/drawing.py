@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf import console
+from bpf.console import tables as console
 from bpf.extras import need
 from bpf.files import write_atomically
 from bpf.report.tables import Band

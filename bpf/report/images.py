@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bpf import models
 from bpf.data.cache import load
 from bpf.errors import UsageError
-from bpf.experiment import Experiment
-from bpf.feed import SCALES
-from bpf.losses import predict, squash_for
-from bpf.plan import Row
+from bpf.experiment.directory import Experiment
+from bpf.nn.losses import predict, squash_for
+from bpf.results import models
+from bpf.study.plan import Row
+from bpf.training.feed import SCALES
 
 SHOWN = 8
 

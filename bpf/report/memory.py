@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bpf import models
 from bpf.algorithms import Problem, Step
-from bpf.experiment import Experiment, load_rules
-from bpf.losses import output_loss, squash_for
-from bpf.network import Network, Structure
-from bpf.optim import StackedOptimizer
-from bpf.plan import Row
-from bpf.randomness import Dropout
+from bpf.experiment.directory import Experiment, load_rules
+from bpf.nn.losses import output_loss, squash_for
+from bpf.nn.network import Network, Structure
+from bpf.nn.optim import StackedOptimizer
+from bpf.nn.randomness import Dropout
+from bpf.results import models
+from bpf.study.plan import Row
 
 
 @dataclass(frozen=True)

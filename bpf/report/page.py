@@ -7,7 +7,7 @@ from typing import Any
 
 from bpf import __version__
 from bpf.errors import UsageError, did_you_mean
-from bpf.experiment import Experiment
+from bpf.experiment.directory import Experiment
 from bpf.extras import need
 from bpf.files import check_output, write_text
 from bpf.report.block import Block, Section, block, plain

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpf.plan import OPEN, Row, Value
-from bpf.results import tracking_share
+from bpf.study.plan import OPEN, Row, Value
+from bpf.study.ranking import tracking_share
 
 Series = tuple[Sequence[float], Sequence[float | None]]
 """The epochs of measurements, and their values; None where one was not finite."""

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from bpf import api
-from bpf.console import counted, describe, duration, percent, plus_minus, word
+from bpf.console.tables import counted, describe, duration, percent, plus_minus, word
 from bpf.errors import BpfError
-from bpf.grid import expand
+from bpf.experiment.grid import expand
 from bpf.report import comparing, tables
 from bpf.report.block import SCORES, Block, Section, Table
-from bpf.results import Ranked
+from bpf.study.ranking import Ranked
 
 TOP = 15
 

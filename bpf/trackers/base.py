@@ -5,7 +5,7 @@ from functools import cached_property
 from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network, Step
-from bpf.losses import Loss
+from bpf.nn.losses import Loss
 
 
 class Probe:

@@ -1,0 +1,367 @@
+"""Commands that look at what came out."""
+
+import io
+import re
+import sys
+import webbrowser
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bpf.cli.arguments import TOP, AsJson, DataDir, Directory, Storage, opened, print_json
+from bpf.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from bpf.experiment.directory import Experiment
+    from bpf.results.exporting import Table
+
+_REPORT = re.compile(rb"<!doctype html>.*bpf report</title>", re.DOTALL)
+"""How a report begins."""
+
+Directories = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+]
+
+
+def status(
+    directory: Directory = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Show why cells have failed, and which have diverged.")
+    ] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far an experiment is (by default the newest in runs/)."""
+    from bpf import api
+    from bpf.console import tables as console
+
+    experiment = opened(directory, storage)
+    if failed:
+        rows = [row for row in api.rows(experiment) if row.state in ("failed", "diverged")]
+        if as_json:
+            print_json(
+                [
+                    {
+                        "cell": row.name,
+                        "algorithm": row.rule,
+                        "params": row.chosen,
+                        "state": row.state,
+                        "cause": row.cause,
+                        "error": row.error,
+                    }
+                    for row in rows
+                ]
+            )
+        else:
+            console.show_failures(rows)
+    elif as_json:
+        print_json(api.status(experiment))
+    else:
+        console.show_status(api.status(experiment))
+
+
+def best(
+    directory: Directory = None,
+    top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = TOP,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            help="Only the best cell of each rule for each combination of these parameters, such as arch,activation.",
+            metavar="NAME,...",
+            show_default=False,
+        ),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table, with --per.")] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
+    from bpf import api
+    from bpf.console import tables as console
+
+    experiment = opened(directory, storage)
+    if per is not None:
+        _best_per(experiment, [name.strip() for name in per.split(",")], as_csv, as_json)
+    elif as_csv:
+        raise UsageError("--csv is for --per; all cells are exported by `bpf export`.")
+    elif as_json:
+        print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
+    else:
+        console.show_results(api.ranking(experiment, top), experiment.grid.objective, experiment.directory)
+
+
+def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json: bool) -> None:
+    from bpf import api
+    from bpf.console import tables as console
+    from bpf.study.ranking import best_columns, best_per
+
+    found = best_per(api.rows(experiment), names)
+    columns = best_columns(found, names)
+    if as_json:
+        print_json(columns)
+    elif as_csv:
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, list(columns[0]) if columns else names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(columns)
+    else:
+        console.show_best_per(found, names, api.varying(experiment), experiment.grid.objective)
+
+
+def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
+    """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
+    from bpf import api
+    from bpf.console import tables as console
+
+    provenance = api.provenance(opened(directory, storage))
+    print_json(provenance) if as_json else console.show_provenance(provenance)
+
+
+def clean(
+    directory: Directory = None,
+    storage: Storage = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Also those that were kept of finished cells.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what an experiment does not need any more: left-over checkpoints, models, temporary and lock files.
+
+    Results, histories, the best model of each rule, and checkpoints of cells that go on are never touched.
+    """
+    from bpf import api
+    from bpf.console import tables as console
+
+    removed = api.clean(opened(directory, storage), checkpoints, dry_run)
+    print_json(removed) if as_json else console.show_cleaned(removed, dry_run)
+
+
+def export(
+    directory: Directory = None,
+    what: Annotated[
+        str,
+        typer.Option(
+            help="results: a row per cell; history: per epoch; trackers: per measurement; metrics: all of it, as one "
+            "Parquet file per rule.",
+            metavar="results|history|trackers|metrics",
+        ),
+    ] = "results",
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="How to write it; by default as the name of the file says, or else csv.",
+            metavar="csv|json|parquet",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file, or for metrics the folder; csv and json are printed otherwise. Only an earlier export is "
+            "replaced.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Write every cell, epoch or measurement as a table for other programs."""
+    from bpf.files import write_atomically
+    from bpf.results import exporting
+
+    known = (*exporting.TABLES, "metrics")
+    if what not in known:
+        raise UsageError(f"--what {what} is not known.{did_you_mean(what, known)}")
+    if output is not None and what != "metrics":
+        exporting.check_table(output)
+    asked, format_ = format_, exporting.format_of(None if what == "metrics" else output, format_)
+    if what == "metrics" and asked not in (None, "parquet"):
+        raise UsageError(f"--what metrics is written as parquet. Leave out --format {asked}.")
+    experiment = opened(directory, storage)
+    if what == "metrics":
+        for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
+            typer.echo(path)
+        return
+    if output is None and format_ == "parquet":
+        raise UsageError("--format parquet is not for a terminal: give --output FILE.")
+    with closing(experiment.open_study(reading=True)) as study:
+        table = exporting.table(study, what)
+        if what == "trackers" and not any("/" in name for name in table.columns):
+            why = " yet" if experiment.grid.trackers else ": it has no trackers (`bpf tune --tracker NAME`)"
+            typer.echo(f"Nothing was measured in {experiment.directory}{why}.", err=True)
+        if output is None:
+            _print_table(table, format_)
+        else:
+            write_atomically(output, lambda file: exporting.write(table, format_, file))
+
+
+def _print_table(table: "Table", format_: str) -> None:
+    from bpf.results.exporting import write
+
+    if hasattr(sys.stdout, "buffer"):
+        write(table, format_, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    else:  # a notebook's
+        file = io.BytesIO()
+        write(table, format_, file)
+        typer.echo(file.getvalue().decode(), nl=False)
+
+
+def report(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page; by default DIRECTORY/report/index.html. Only an earlier report is replaced.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    figures: Annotated[
+        str | None,
+        typer.Option(help="Write the figures as files, too.", metavar="png|svg|pdf", show_default=False),
+    ] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            help="A heat map of these two parameters for each rule, such as arch,lr; may be repeated. By default of "
+            "the two that matter most.",
+            metavar="ROW,COLUMN",
+            show_default=False,
+        ),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Write one page on experiments: tables, figures, where the numbers come from. It opens offline."""
+    from bpf.files import check_output
+    from bpf.report import report as write
+
+    experiments = _several(directories, storage)
+    page = output or experiments[0].directory / "report" / "index.html"
+    check_output(page, "report of bpf", _REPORT)
+    for path in write(experiments, page, figures, [_pair(one) for one in maps or ()]):
+        typer.echo(path)
+    if open_ and not webbrowser.open(page.resolve().as_uri()):
+        typer.echo(f"No browser was found; open {page}", err=True)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    row, _, column = (name.strip() for name in text.partition(","))
+    if not row or not column or "," in column or row == column:
+        raise UsageError(f"--map {text}: give two different parameters, such as arch,lr.")
+    return row, column
+
+
+def tensorboard(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Experiments, side by side.", metavar="[DIRECTORY]...", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="By default the first free one from 6006 on.", show_default=False),
+    ] = None,
+    write_only: Annotated[
+        bool, typer.Option("--write-only", help="Write the event files, and do not show them.")
+    ] = False,
+    storage: Storage = None,
+) -> None:
+    """Show experiments in TensorBoard, on this machine only; the event files lie in DIRECTORY/tensorboard."""
+    from bpf.results import tensorboard
+
+    experiments = _several(directories, storage)
+    folders = [experiment.directory / "tensorboard" for experiment in experiments]
+    for experiment, folder in zip(experiments, folders, strict=True):
+        count = tensorboard.write(experiment, folder)
+        typer.echo(f"{count} trials written to {folder}", err=True)
+    if not write_only:
+        raise typer.Exit(tensorboard.serve(folders, port))
+
+
+def dashboard(
+    directory: Directory = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
+    storage: Storage = None,
+) -> None:
+    """Show an experiment in optuna-dashboard, on this machine only."""
+    from bpf.results import dashboard
+
+    dashboard.serve(opened(directory, storage), port, lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"))
+
+
+def _several(directories: list[Path] | None, storage: str | None) -> "list[Experiment]":
+    return [opened(directory, storage) for directory in directories or ()] or [opened(None, storage)]
+
+
+Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/dfa/KEY.safetensors.", metavar="MODEL")]
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set; by default that of its run.", metavar="NAME", show_default=False)
+    ] = None,
+    part: Annotated[str, typer.Option(help="Of the data set.", metavar="test|val|train")] = "test",
+    data_dir: DataDir = Path("data"),
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the images of folder:PATH; by default that of the model.", metavar="N", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Loss, error and confusion matrix of a saved model: the network of one of a cell's executions."""
+    from bpf.console import tables as console
+    from bpf.results.evaluation import evaluate
+
+    scores = evaluate(model, dataset, data_dir, part, image_size)
+    print_json(scores) if as_json else console.show_scores(scores)
+
+
+def predict(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGES...")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.", metavar="N")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for reconstructed images.", metavar="DIR", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a saved model makes of images.
+
+    Images of another size are scaled to the model's, keeping their proportions, on black; coloured ones become grey
+    for a model of grey images, and grey ones coloured for one of coloured images.
+    """
+    from bpf.console import tables as console
+    from bpf.results.evaluation import predict
+
+    found = predict(model, images, top, output, lambda line: typer.echo(line, err=True))
+    print_json(found) if as_json else console.show_predictions(found)
+
+
+def onnx(model: Model, output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="FILE")]) -> None:
+    """Write a saved model as ONNX: images uint8 [N, C, H, W] in, `logits` out.
+
+    A classifier gives one for each class. A network that reconstructs gives one for each pixel, [N, CxHxW]: its tanh
+    with scaler standard, its sigmoid with zero_one, and itself with identity, is the pixel as that scaler has it.
+    """
+    from bpf.results.models import export_onnx
+
+    typer.echo(export_onnx(model, output))
+
+
+COMMANDS = (status, best, report, show, export, tensorboard, dashboard, evaluate, predict, onnx, clean)
+"""In the order of the help."""

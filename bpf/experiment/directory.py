@@ -1,0 +1,451 @@
+"""One experiment: a directory with its resolved spec, its study, checkpoints and models.
+
+Moving the directory moves everything. `experiment.yaml` makes a directory an experiment. Its study may lie on a
+server instead, so that other machines can join, and its checkpoints in a folder that they share.
+"""
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from bpf.errors import UsageError
+from bpf.experiment.grid import Grid, expand, words
+from bpf.experiment.provenance import provenance, redacted
+from bpf.files import explaining, write_text
+from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
+from bpf.spec.fields import build
+from bpf.spec.run import TUNABLE, GridSpec
+from bpf.study.database import Database
+from bpf.study.plan import Cell, Row
+from bpf.study.study import Study, ran_to_the_end
+
+if TYPE_CHECKING:
+    from bpf.algorithms import Algorithm
+    from bpf.trackers import Tracker
+
+FORMAT = 2
+OLDER_FORMAT = 1
+_CONTENT = {"kind": str, "name": str, "created": str, "sessions": list, "data_dir": str, "spec": dict}
+FREE_TO_CHANGE = frozenset({"device"})
+"""Settings that say where to train, not what."""
+MAY_GROW = frozenset({"epochs", "executions_per_trial"})
+LISTED = 10
+"""How many setups whose learning rate has changed are listed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of an experiment lie if not in its directory, as asked for on the command line.
+
+    `storage` is the database, `name` the experiment's name in it, `checkpoints` a folder for the checkpoints and
+    models of many experiments. A `storage` that is but the `usual` one is for new experiments: one that lies elsewhere
+    stays there.
+    """
+
+    storage: Database | None = None
+    name: str | None = None
+    checkpoints: Path | None = None
+    keep_checkpoints: bool = False
+    usual: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`kind` is tune or train; `name` is its name in `database`; `data_dir` is where its data sets lie.
+
+    `files` is where checkpoints and models lie; `keep_checkpoints` keeps those of finished cells.
+    """
+
+    directory: Path
+    kind: str
+    name: str
+    grid: GridSpec
+    data_dir: Path
+    created: str
+    database: Database
+    files: Path
+    keep_checkpoints: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it is on disk, so that it is gone on with."""
+        return (self.directory / "experiment.yaml").exists()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its study is the file in its own directory."""
+        return self.database == _own_database(self.directory)
+
+    def checkpoint(self, cohort: str) -> Path:
+        return self.files / "checkpoints" / f"{cohort}.pt"
+
+    def rules(self) -> "dict[str, type[Algorithm]]":
+        return load_rules(self.grid.algorithm)
+
+    def trackers(self) -> "dict[str, Tracker]":
+        return load_trackers(self.grid.trackers)
+
+    def open_study(self, reading: bool = False) -> Study:
+        """The study; raises UsageError if there is none that can be read."""
+        if self.database.missing() and not self._has_trained():
+            raise UsageError(
+                f"Nothing is planned in {self.directory} yet, as its start was cut short. "
+                f"Go on with `bpf resume {self.directory}`."
+            )
+        if self.database.missing():
+            raise UsageError(
+                f"{self.database} is missing, and with it the results of {self.directory}. "
+                "Put it back, or start anew in another directory."
+            )
+        return Study.open(self.database, self.name, reading)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the directory while training in it. Raises UsageError if another process does."""
+        path = self.directory / "running.lock"
+        with explaining(path):
+            lock = FileLock(path, thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise UsageError(
+                    f"Another bpf process is training in {self.directory}. Watch it with "
+                    f"`bpf status {self.directory}`, or help it with `bpf worker {self.directory}`."
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def plan(self) -> tuple[Study, Grid]:
+        """The study with every cell of the grid in it; what is there already stays as it is."""
+        grid = expand(self.grid, self.rules())
+        study = self._create_study() if self.is_unplanned() else self.open_study()
+        try:
+            before = grid_of(study.settings)
+            reopened = self._longer(study, before, grid)
+            more = self.grid.executions_per_trial
+            study.plan(
+                grid.axes,
+                grid.cells,
+                self._settings(),
+                reopened,
+                more if more > before.executions_per_trial else None,
+            )
+        except BaseException:
+            study.close()
+            raise
+        return study, grid
+
+    def _settings(self) -> dict[str, Any]:
+        """What a worker on another machine must know; kept in the database."""
+        return {
+            "kind": self.kind,
+            "spec": self.grid.model_dump(mode="json"),
+            "files": str(self.files.resolve()),
+            "keep_checkpoints": self.keep_checkpoints,
+        }
+
+    def _longer(self, study: Study, before: GridSpec, grid: Grid) -> dict[str, Cell]:
+        """What the planned cells become when there are more epochs than before, by their old key.
+
+        Raises UsageError if that would not be the same computation.
+        """
+        if before.epochs == self.grid.epochs:
+            return {}
+        grown = f"epochs can grow from {before.epochs} to {self.grid.epochs} only"
+        if before.executions_per_trial != self.grid.executions_per_trial:
+            raise UsageError(f"{grown} on their own, not together with executions_per_trial. Do one after the other.")
+        complete = [row for row in study.rows() if row.state == "complete" and ran_to_the_end(row)]
+        lost = [row for row in complete if not self._can_go_on(row)]
+        if lost:
+            raise UsageError(
+                f"{grown} where the checkpoints of finished cells were kept (--keep-checkpoints), and those of "
+                f"{len(lost)} cells were not. Choose another directory."
+            )
+        new = {(cell.rule, tuple(cell.params.items())): cell for cell in grid.cells}
+        old = expand(before, self.rules()).cells
+        return {cell.key: new[cell.rule, tuple(cell.params.items())] for cell in old}
+
+    def _can_go_on(self, row: Row) -> bool:
+        """Whether one checkpoint holds the ends of all executions of a finished cell."""
+        return row.cohort is not None and self.checkpoint(row.cohort).exists() and not row.added
+
+    def is_unplanned(self) -> bool:
+        if self.database.missing():
+            return not self._has_trained()
+        return not self.is_here and not Study.exists(self.database, self.name)
+
+    def _create_study(self) -> Study:
+        if not self.is_here:
+            return Study.create(self.database, self.name, self._settings())
+        # Made beside its place, so that a crash or a full disk leaves none rather than half of one.
+        made = self.directory / "study.new.db"
+        with explaining(made):
+            self._discard(made)
+            try:
+                Study.create(made, self.name, self._settings()).close()
+                made.replace(self.directory / "study.db")
+            finally:
+                self._discard(made)
+        return self.open_study()
+
+    def _discard(self, database: Path) -> None:
+        for path in self.directory.glob(f"{database.name}*"):
+            path.unlink()
+
+    def _has_trained(self) -> bool:
+        return any(any((self.files / name).glob("*")) for name in ("models", "checkpoints"))
+
+    def save(self, command: Sequence[str]) -> None:
+        """Write `experiment.yaml`, remembering how and on what the experiment was made, extended or gone on with."""
+        path = self.directory / "experiment.yaml"
+        earlier = _read(path)["sessions"] if path.exists() else []
+        session = {"time": _now(), "command": redacted(command), **provenance(self._plugins())}
+        content = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "name": self.name,
+            "created": self.created,
+            "storage": None if self.is_here else self.database.public,
+            "files": None if self.files == self.directory else str(self.files),
+            "keep_checkpoints": self.keep_checkpoints,
+            "data_dir": str(self.data_dir),
+            "spec": self.grid.model_dump(mode="json"),
+            "sessions": [*earlier, session],
+        }
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """Each start: its time, command, versions, git state and hardware, the first one first."""
+        sessions: list[dict[str, Any]] = _read(self.directory / "experiment.yaml")["sessions"]
+        return sessions
+
+    def _plugins(self) -> Iterator[Any]:
+        names = {ALGORITHMS: self.grid.algorithm, TRACKERS: self.grid.trackers}
+        names[DATASETS] = (self.grid.dataset.partition(":")[0],)
+        for group, wanted in names.items():
+            registry = Registry(group)
+            yield from (registry.describe(name) for name in wanted if name in registry.names())
+
+
+def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:
+    """The experiment in `directory` for these settings. Nothing is written.
+
+    An experiment that is there already is gone on with if its settings are the same, or extended if only lists,
+    epochs or executions grew. Raises UsageError, showing the difference, if they differ otherwise, or if the
+    directory holds something else.
+    """
+    name = place.name or _default_name(directory.resolve())
+    files = place.checkpoints.resolve() / name if place.checkpoints else directory
+    wanted = Experiment(
+        directory,
+        kind,
+        name,
+        grid,
+        data_dir.resolve(),
+        _now(),
+        place.storage or _own_database(directory),
+        files,
+        place.keep_checkpoints,
+    )
+    if not directory.exists():
+        return wanted
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is a file. Choose another directory.")
+    if not (directory / "experiment.yaml").exists():
+        if any(_foreign(directory)):
+            raise UsageError(f"{directory} is not an experiment, and not empty. Choose another directory.")
+        return wanted
+    present = open_experiment(directory, place)
+    if present.kind != kind:
+        kinds = {"tune": "a grid search (bpf tune)", "train": "a single run (bpf train)"}
+        raise UsageError(f"{directory} holds {kinds[present.kind]}, not {kinds[kind]}. Choose another directory.")
+    return replace(present, grid=_merge(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
+
+
+def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
+    """The experiment in `directory`.
+
+    Raises UsageError if it holds none, one that cannot be read, or one that lies in another `place`.
+    """
+    path = directory / "experiment.yaml"
+    if not directory.is_dir():
+        found = "it is a file" if directory.exists() else "there is no such directory"
+        raise UsageError(f"{directory} is not an experiment: {found}.")
+    if not path.is_file():
+        raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml.")
+    content = _read(path)
+    try:
+        grid = build(GridSpec, _explicit(content["spec"]))
+    except UsageError as error:
+        raise UsageError(f"The spec in {path} is not one that this bpf accepts:\n{error}") from error
+    stored = Database.at(content["storage"]) if content.get("storage") else _own_database(directory)
+    database = place.storage or stored  # the one given may know the password
+    if place.usual and database.public != stored.public:
+        database = stored
+    files = Path(content["files"]) if content.get("files") else directory
+    moved = place.checkpoints.resolve() / content["name"] if place.checkpoints else files
+    for what, asked, there in (
+        ("study is kept in", database.public, stored.public),
+        ("name is", place.name or content["name"], content["name"]),
+        ("checkpoints lie in", moved, files),
+    ):
+        if asked != there:
+            raise UsageError(f"The experiment in {directory} cannot be moved: its {what} {there}, not {asked}.")
+    kept = bool(content.get("keep_checkpoints")) or place.keep_checkpoints
+    data_dir, created = Path(content["data_dir"]), content["created"]
+    return Experiment(directory, content["kind"], content["name"], grid, data_dir, created, database, files, kept)
+
+
+def _default_name(directory: Path) -> str:
+    """A later phase, inside an experiment's directory, is named after both, as it may share a database with others."""
+    inside = (directory.parent / "experiment.yaml").exists()
+    return f"{directory.parent.name}-{directory.name}" if inside else directory.name
+
+
+def grid_of(settings: Mapping[str, Any]) -> GridSpec:
+    """The grid of an experiment from its settings in the database."""
+    return build(GridSpec, _explicit(settings["spec"]))
+
+
+def _own_database(directory: Path) -> Database:
+    return Database.at(directory / "study.db")
+
+
+def load_rules(names: Sequence[str]) -> "dict[str, type[Algorithm]]":
+    """The learning rules of these names. Raises UsageError for one that is unknown, broken or not a rule."""
+    from bpf.algorithms import Algorithm
+
+    registry = Registry(ALGORITHMS)
+    rules = {}
+    for name in names:
+        rule = registry.load(name)
+        if not (isinstance(rule, type) and issubclass(rule, Algorithm)):
+            raise UsageError(f"The algorithm {name!r} ({registry.describe(name).target}) is not a bpf Algorithm.")
+        rules[name] = rule
+    return rules
+
+
+def load_trackers(names: Sequence[str]) -> "dict[str, Tracker]":
+    registry = Registry(TRACKERS)
+    return {name: registry.load(name)() for name in names}
+
+
+def find(root: Path) -> list[Path]:
+    """The experiments below `root` and their later phases, the one touched last first."""
+
+    def touched(directory: Path) -> float:
+        files = (directory / name for name in ("experiment.yaml", "study.db", "study.db-wal"))
+        return max(path.stat().st_mtime for path in files if path.exists())
+
+    found = [path.parent for pattern in ("*", "*/val_*") for path in root.glob(f"{pattern}/experiment.yaml")]
+    return sorted(found, key=touched, reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    damaged = f"{path} is damaged: it is not the file that bpf wrote"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{damaged} ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise UsageError(f"{damaged}.")
+    if content["format"] == OLDER_FORMAT and isinstance(content.get("commands"), list):
+        content["sessions"] = [{"command": command} for command in content["commands"]]
+        if content["sessions"]:
+            content["sessions"][-1]["versions"] = content.get("versions", {})
+    elif content["format"] != FORMAT:
+        raise UsageError(f"{path} is of format {content['format']}; this bpf reads format {FORMAT}.")
+    wrong = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
+    if wrong or content["kind"] not in ("tune", "train"):
+        raise UsageError(f"{damaged} (look at {', '.join(wrong) or 'kind'}).")
+    return content
+
+
+def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec:
+    differences = []
+    merged: dict[str, Any] = {}
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for name in dict.fromkeys([*before, *after]):
+        was, now = before.get(name, []), after.get(name, [])
+        if name == "lr_from":
+            merged[name] = [*was, *(rate for rate in now if rate not in was)]
+            differences += _changed_rates(was, now)
+        elif name in TUNABLE and set(was) <= set(now):
+            merged[name] = [*was, *(value for value in now if value not in was)]
+        elif name == "options" and (grown := _grown_options(was, now)) is not None:
+            merged[name] = grown
+        elif was == now or name in FREE_TO_CHANGE or (name in MAY_GROW and now > was):
+            merged[name] = now
+        else:
+            differences.append(f"  {name}: {_show(was)} there, {_show(now)} now")
+    if differences:
+        lasting = any("lr_from" in line for line in differences)
+        grow = "lists, epochs and executions may grow" if kind == "tune" else "epochs may grow"
+        extend = f"{'A grid' if kind == 'tune' else 'A run'} can be extended ({grow}), not changed. "
+        raise UsageError(
+            f"{directory} holds an experiment with other settings:\n" + "\n".join(differences) + "\n"
+            f"{extend}Give another directory, or the same settings."
+            + (f" `bpf resume {directory}` goes on with the learning rates there." if lasting else "")
+        )
+    return build(GridSpec, _explicit(merged))
+
+
+def _changed_rates(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """A line for each setup that has another learning rate now, or none, though at most ten."""
+
+    def by_setup(rates: list[dict[str, Any]]) -> dict[str, float]:
+        return {words(rate["algorithm"], rate["params"]): rate["lr"] for rate in rates}
+
+    after = by_setup(now)
+    changed = [
+        f"  lr_from: {setup}: {_show(lr)} there, {_show(after.get(setup, []))} now"
+        for setup, lr in by_setup(was).items()
+        if after.get(setup) != lr
+    ]
+    more = [f"  lr_from: ... and {len(changed) - LISTED} more setups"] if len(changed) > LISTED else []
+    return changed[:LISTED] + more
+
+
+def _grown_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any] | None:
+    """The union of two rules' resolved options, or None if anything of the first is missing in the second."""
+    merged = {rule: dict(options) for rule, options in now.items()}
+    for rule, options in was.items():
+        for option, values in options.items():
+            added = now.get(rule, {}).get(option, [])
+            if not set(values) <= set(added):
+                return None
+            merged[rule][option] = [*values, *(value for value in added if value not in values)]
+    return merged
+
+
+def _explicit(values: dict[str, Any]) -> dict[str, Any]:
+    """Without an imbalance factor that means nothing, which a spec refuses."""
+    skewed = values.get("skew_type") != ["none"]
+    return {name: value for name, value in values.items() if name != "imbalance_factor" or skewed}
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_show, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _foreign(directory: Path) -> Iterator[Path]:
+    """What in a directory is not left over from an experiment that was being created."""
+    own = ("running.lock", ".experiment.yaml.", "locks")
+    return (entry for entry in directory.iterdir() if not entry.name.startswith(own))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

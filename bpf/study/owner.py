@@ -1,0 +1,176 @@
+"""Who owns cells: a file lock that lives exactly as long as its process, and between machines a lease.
+
+On one machine a lock that can be taken means that its owner is dead, at once and however it died, without
+heartbeats and without a grace period. On a server's database an owner also renews a lease, in the server's own
+time; on another machine, where its lock cannot be seen, it counts as dead when the lease has run out.
+"""
+
+import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+from filelock import FileLock, Timeout
+
+from bpf.study.schema import owners
+
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 15.0
+
+
+class Owner:
+    """A process's right to its cells; `facts` say to a person who it is (host, device, versions).
+
+    `lost` is set when another process has declared this owner dead; what it still trains is not its own any more.
+    """
+
+    def __init__(self, locks: Path, facts: dict[str, Any] | None = None) -> None:
+        locks.mkdir(parents=True, exist_ok=True)
+        self.begin_anew()
+        self.facts = facts or {}
+        self.lock = locks / f"{self.token}.lock"
+        self._process = os.getpid()
+        self._lock = FileLock(self.lock, thread_local=False)
+        self._lock.acquire()
+
+    def begin_anew(self) -> None:
+        """Become another owner, after having been declared dead; the file lock stays."""
+        self.token = secrets.token_hex(8)
+        self.lost = threading.Event()
+
+    def close(self) -> None:
+        """Let go. Cells that were not released before count as interrupted from here on."""
+        if os.getpid() == self._process:  # a forked child holds a copy of this object, not the lock
+            with suppress(OSError):  # Windows removes no open file; `sweep` does it later
+                self.lock.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def machine() -> str:
+    """This machine since it was started: where two processes see the same locks."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        started = f"{uuid.getnode():x}"
+    return f"{socket.gethostname()}/{started}"
+
+
+def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
+    """Whether a living process holds the lock; None if there is no such file, `unknown` if it may not be opened."""
+    if not lock.exists():
+        return None
+    probe = FileLock(lock, thread_local=False)
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:  # in a directory that may only be read, or of another user
+        return unknown
+    probe.release()
+    return False
+
+
+def sweep(locks: Path) -> None:
+    """Remove the lock files of owners that have died."""
+    for path in locks.glob("*.lock"):
+        if is_held(path) is False:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def now(connection: sa.Connection) -> float:
+    """Seconds since 1970 by the clock of the database, which all machines share."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return float(connection.scalar(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))) or 0)
+
+
+def enroll(connection: sa.Connection, experiment: str, owner: Owner) -> None:
+    """Make the owner known, or renew its lease; one that was declared dead gets a new token."""
+    if renew(connection, experiment, owner):
+        return
+    if is_retired(connection, experiment, owner):
+        owner.begin_anew()
+    moment = now(connection)
+    record = {
+        "experiment": experiment,
+        "token": owner.token,
+        "machine": machine(),
+        "pid": os.getpid(),
+        "lock": str(owner.lock.resolve()),
+        "facts": owner.facts,
+        "began": moment,
+        "lease": moment + LEASE_SECONDS,
+    }
+    connection.execute(sa.insert(owners).values(record))
+
+
+def renew(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
+    """Whether the owner is still known as alive; its lease then begins anew."""
+    mine = (owners.c.experiment == experiment, owners.c.token == owner.token, owners.c.lease > 0)
+    change = sa.update(owners).where(*mine).values(lease=now(connection) + LEASE_SECONDS)
+    return connection.execute(change).rowcount == 1
+
+
+def retire(connection: sa.Connection, experiment: str, token: str) -> None:
+    """Note that an owner is gone, so that it learns of it if it should still live."""
+    mine = (owners.c.experiment == experiment, owners.c.token == token)
+    connection.execute(sa.update(owners).where(*mine).values(lease=0.0))
+
+
+def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
+    """Whether the owner was declared dead; one that is not known yet was not."""
+    mine = (owners.c.experiment == experiment, owners.c.token == owner.token, owners.c.lease <= 0)
+    return connection.scalar(sa.select(owners.c.token).where(*mine)) is not None
+
+
+def living(connection: sa.Connection, experiment: str, locks: Path | None) -> list[dict[str, Any]]:
+    """The owners that are alive: `token`, `pid`, `facts`, `began`."""
+    query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.lease > 0)
+    known = [dict(record) for record in connection.execute(query).mappings()]
+    gone = dead(connection, experiment, [record["token"] for record in known], locks, True)
+    return [record for record in known if record["token"] not in gone]
+
+
+def dead(
+    connection: sa.Connection, experiment: str, tokens: Iterable[str], locks: Path | None, trust_leases: bool
+) -> set[str]:
+    """Which of the owners have died.
+
+    `locks` is where all their locks lie when every owner is on this machine (SQLite): then the lock alone decides.
+    Otherwise it does so for owners on this machine, and for others the lease, unless leases are not to be trusted
+    because the database was away.
+    """
+    tokens = list(tokens)
+    if locks is not None:
+        return {token for token in tokens if not is_held(locks / f"{token}.lock")}
+    if not tokens:
+        return set()
+    query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.token.in_(tokens))
+    known = {record.token: record for record in connection.execute(query)}
+    here, moment = machine(), now(connection)
+    gone = set()
+    for token in tokens:
+        record = known.get(token)
+        held = is_held(Path(record.lock), None) if record is not None and record.machine == here else None
+        if held is None and trust_leases:
+            held = record is not None and record.lease > moment
+        if held is False:
+            gone.add(token)
+    return gone

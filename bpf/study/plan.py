@@ -1,0 +1,321 @@
+"""The plan table: which cells an experiment has, who trains them and what came out.
+
+Optuna is not known here. It has no notion of a cell that is planned but not begun, of a process that owns a
+trial, or of a cohort, so these live in tables of our own beside Optuna's, in the same database. A state only
+ever changes inside a transaction that `study.py` opens.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from bpf.errors import UsageError
+from bpf.study.names import fresh_names
+from bpf.study.schema import cells, histories
+
+STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
+OPEN = ("pending", "interrupted", "running")
+KILLS = 3
+"""A cell whose worker has died as often, without getting any further in between, is set aside."""
+
+Value = str | int | float | bool
+Point = tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid. `key` is the hash of the whole resolved cell, never an index.
+
+    `params` are the tunable parameters as Optuna shows them, `spec` is everything the training needs,
+    `structure` is what must be equal for two cells to be trained in one cohort, and `cost` is the work of one
+    execution, up to a factor.
+    """
+
+    key: str
+    rule: str
+    structure: str
+    params: dict[str, Value]
+    spec: dict[str, Any]
+    cost: float = field(default=0.0, kw_only=True)
+
+    @property
+    def chosen(self) -> dict[str, Value]:
+        """What makes the cell, for a person: `params`, and a learning rate that is none as it was handed over."""
+        handed_over = "lr" not in self.params and "lr" in self.spec
+        return self.params | {"lr": self.spec["lr"]} if handed_over else self.params
+
+
+@dataclass(frozen=True)
+class Row(Cell):
+    """A cell as it stands in the plan: its place, its state (one of `STATES`), its trial and its outcome.
+
+    `attempt` counts how often the trial was claimed; `interrupted` means that nobody trains the cell now and
+    that it goes on, in the same cohort and the same trial, from its checkpoint. `cause` is its last trouble:
+    killed, memory or exception. `kills` counts the deaths of its workers since it got further than the epoch
+    `reached`. `max_runs` limits how many runs are stacked with it after such trouble. `result` is that of the
+    executions which are done, which may be fewer than there should be.
+    """
+
+    ordinal: int
+    name: str
+    state: str
+    cohort: str | None
+    owner: str | None
+    attempt: int
+    trial_id: int | None
+    trial_number: int | None
+    value: float | None
+    result: dict[str, Any] | None
+    error: str | None
+    cause: str | None
+    kills: int
+    reached: int
+    max_runs: int | None
+
+    @property
+    def done(self) -> int:
+        """How many executions are finished."""
+        return len(self.result["executions"]) if self.result and "executions" in self.result else 0
+
+    @property
+    def added(self) -> bool:
+        """Whether executions were added to it after others had finished."""
+        return bool(self.result and self.result.get("added"))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Cells of one cohort that one owner may train until it finishes, fails or releases them.
+
+    A cohort that goes on has fewer cells than it began with if some had finished before.
+    """
+
+    token: str
+    cohort: str
+    rows: list[Row]
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the cohort was begun before, so that there may be a checkpoint of it."""
+        return any(row.attempt > 1 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The cells of one rule in one state that had the same trouble: how many, their cost and their seconds."""
+
+    rule: str
+    state: str
+    cause: str | None
+    count: int
+    cost: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a tunable parameter appears in Optuna: categorical, or a range from `low` to `high`.
+
+    Without `low` and `high` it is categorical; `choices` then lists what may ever be chosen (the values, if
+    left out). Optuna freezes the choices of a study, so declare them all where they are known. A range with
+    an `int` as `low` holds integers, otherwise floats; make it wide, so that the grid can be extended.
+    """
+
+    name: str
+    values: Sequence[Value]
+    choices: Sequence[Value] | None = None
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+
+    @property
+    def kind(self) -> str:
+        if self.low is None or self.high is None:
+            return "categorical"
+        return "int" if isinstance(self.low, int) else "float"
+
+    def extended(self, new: "Axis") -> "Axis":
+        """This axis and what `new` adds to it, appended: stored choice indices must stay valid."""
+        if (self.kind, self.log) != (new.kind, new.log):
+            raise UsageError(
+                f"The parameter {self.name!r} is {self._described()} in this experiment, not "
+                f"{new._described()}; start a new experiment."
+            )
+        values = _union(self.values, new.values)
+        if self.low is None or self.high is None or new.low is None or new.high is None:
+            choices = _union(self.choices or self.values, new.choices or new.values)
+            return Axis(self.name, values, choices=_union(choices, values))
+        low, high = min(self.low, new.low), max(self.high, new.high)
+        outside = [value for value in values if isinstance(value, str) or not low <= value <= high]
+        if outside:
+            raise UsageError(f"The parameter {self.name!r} takes {low} to {high}, not {outside[0]!r}.")
+        return Axis(self.name, values, low=low, high=high, log=self.log)
+
+    def _described(self) -> str:
+        return f"{self.kind}, on a log scale" if self.log else self.kind
+
+
+def _union(old: Sequence[Value], new: Sequence[Value]) -> list[Value]:
+    return list(dict.fromkeys([*old, *new]))
+
+
+_ROW_NAMES = [field.name for field in fields(Row)]
+_ROW_COLUMNS = [cells.c[name] for name in _ROW_NAMES]
+
+
+def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:
+    """Append the cells whose key is not yet planned, as pending; returns how many there were."""
+    mine = cells.c.experiment == experiment
+    known = set(connection.scalars(sa.select(cells.c.key).where(mine)))
+    new = {cell.key: cell for cell in wanted if cell.key not in known}
+    last = connection.scalar(sa.select(sa.func.max(cells.c.ordinal)).where(mine))
+    ordinals = itertools.count(0 if last is None else last + 1)
+    blank = {"experiment": experiment, "state": "pending", "attempt": 0}
+    records = [
+        {**blank, **vars(cell), "ordinal": ordinal, "name": name}
+        for cell, ordinal, name in zip(new.values(), ordinals, free_names(connection, experiment), strict=False)
+    ]
+    if records:
+        connection.execute(sa.insert(cells), records)
+    return len(records)
+
+
+def free_names(connection: sa.Connection, experiment: str) -> Iterator[str]:
+    """Endless names that no cell of the experiment has yet."""
+    return fresh_names(connection.scalars(sa.select(cells.c.name).where(cells.c.experiment == experiment)))
+
+
+def take(connection: sa.Connection, experiment: str, size: Callable[[Row], int]) -> list[Row]:
+    """An interrupted cohort, whole, or else up to `size(first)` pending cells of one structure.
+
+    A cohort is never mixed anew: its checkpoint holds exactly its members.
+    """
+    query = sa.select(*_ROW_COLUMNS).where(cells.c.experiment == experiment).order_by(cells.c.ordinal)
+    interrupted = query.where(cells.c.state == "interrupted")
+    for first in _rows(connection, interrupted.limit(1)):
+        return list(_rows(connection, interrupted.where(cells.c.cohort == first.cohort)))
+    pending = query.where(cells.c.state == "pending")
+    for first in _rows(connection, pending.limit(1)):
+        alike = pending.where(cells.c.structure == first.structure, _is(cells.c.max_runs, first.max_runs))
+        return list(_rows(connection, alike.limit(max(1, size(first)))))
+    return []
+
+
+def update(connection: sa.Connection, experiment: str, where: Mapping[str, Any], **values: Any) -> int:
+    """Set columns of this experiment's cells that equal `where`; returns how many there were."""
+    equal = [_is(cells.c[column], value) for column, value in where.items()]
+    change = sa.update(cells).where(cells.c.experiment == experiment, *equal).values(**values)
+    return connection.execute(change).rowcount
+
+
+def owners_at_work(connection: sa.Connection, experiment: str) -> list[str]:
+    running = sa.select(cells.c.owner).where(cells.c.experiment == experiment, cells.c.state == "running")
+    return list(connection.scalars(running.distinct()))
+
+
+def interrupt(connection: sa.Connection, experiment: str, token: str, blame: bool = True) -> list[Row]:
+    """Take its cells from an owner that has died; returns them as they stand now.
+
+    They go on from their checkpoint, in the same cohort, as numbers are the same bit for bit only there. At the
+    third death without getting further the cells of a cohort are trained apart, one run at a time, as one of them may
+    crash the process; that one is set aside at its next death, and a cell that was alone all the time at the third.
+    A cell alone that has never got anywhere is trained one run at a time after its second death: it may need too much
+    memory. Without `blame` the death does not count.
+    """
+    left = rows(connection, experiment, owner=token, state="running")
+    alone = len(left) == 1
+    for row in left:
+        kills = row.kills + blame
+        change: dict[str, Any] = {"owner": None, "kills": kills, "cause": "killed", "state": "interrupted"}
+        if not blame:
+            change["cause"] = row.cause
+        elif kills >= KILLS and alone:
+            error = f"It killed its worker {kills} times: a crash of the whole process, or too little memory."
+            change |= {"state": "failed", "error": error}
+        elif kills >= KILLS or (kills == KILLS - 1 and alone and not row.reached):
+            change |= {"state": "pending", "cohort": None, "max_runs": 1}
+        update(connection, experiment, {"key": row.key}, **change)
+    return [row for old in left for row in rows(connection, experiment, key=old.key)]
+
+
+def rows(connection: sa.Connection, experiment: str, **where: str | None) -> list[Row]:
+    """The experiment's cells in plan order, filtered by the given columns that are not None."""
+    equal = [cells.c[column] == value for column, value in where.items() if value is not None]
+    query = sa.select(*_ROW_COLUMNS).where(cells.c.experiment == experiment, *equal)
+    return list(_rows(connection, query.order_by(cells.c.ordinal)))
+
+
+def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Row]:
+    return (Row(**dict(zip(_ROW_NAMES, record, strict=True))) for record in connection.execute(query).all())
+
+
+def _is(column: sa.Column[Any], value: Any) -> sa.ColumnElement[bool]:
+    return column.is_(None) if value is None else column == value
+
+
+def points(connection: sa.Connection, experiment: str, rule: str, names: Sequence[str]) -> list[Point]:
+    """Where the planned cells of a rule lie in its grid."""
+    query = sa.select(cells.c.params).where(cells.c.experiment == experiment, cells.c.rule == rule)
+    return [tuple(params[name] for name in names) for params in connection.scalars(query)]
+
+
+def tally(connection: sa.Connection, experiment: str, dead: Collection[str] = ()) -> list[Tally]:
+    """How many cells there are of each rule, state and cause, added up by the database.
+
+    Those that `dead` owners were training count as interrupted.
+    """
+    state: sa.ColumnElement[str] = cells.c.state
+    if dead:
+        state = sa.case((sa.and_(state == "running", cells.c.owner.in_(dead)), "interrupted"), else_=state)
+    by = (cells.c.rule, state.label("standing"), cells.c.cause)
+    sums = (sa.func.coalesce(sa.func.sum(column), 0.0) for column in (cells.c.cost, cells.c.seconds))
+    query = sa.select(*by, sa.func.count(), *sums).where(cells.c.experiment == experiment)
+    query = query.group_by(cells.c.rule, sa.text("standing"), cells.c.cause)
+    return [Tally(*record) for record in connection.execute(query)]
+
+
+def best(connection: sa.Connection, experiment: str, rule: str) -> tuple[str, float] | None:
+    """The key and the value of the best complete cell of a rule, the first of equal ones."""
+    mine = (cells.c.experiment == experiment, cells.c.rule == rule, cells.c.state == "complete")
+    query = sa.select(cells.c.key, cells.c.value).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(1)
+    found = connection.execute(query).first()
+    return None if found is None else (found.key, found.value)
+
+
+def leaders(connection: sa.Connection, experiment: str, rule: str, limit: int) -> list[Row]:
+    """The best complete cells of a rule, best first."""
+    mine = (cells.c.experiment == experiment, cells.c.rule == rule, cells.c.state == "complete")
+    query = sa.select(*_ROW_COLUMNS).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(limit)
+    return list(_rows(connection, query))
+
+
+def finished(connection: sa.Connection, experiment: str, keys: Sequence[str]) -> set[str]:
+    """Which of the cells are in none of the `OPEN` states, or not planned at all."""
+    mine = (cells.c.experiment == experiment, cells.c.key.in_(keys), cells.c.state.in_(OPEN))
+    return set(keys) - set(connection.scalars(sa.select(cells.c.key).where(*mine)))
+
+
+def keep_history(connection: sa.Connection, experiment: str, key: str, records: Any) -> None:
+    where = (histories.c.experiment == experiment, histories.c.key == key)
+    connection.execute(sa.delete(histories).where(*where))
+    connection.execute(sa.insert(histories).values(experiment=experiment, key=key, records=records))
+
+
+def rename_history(connection: sa.Connection, experiment: str, old: str, new: str) -> None:
+    where = (histories.c.experiment == experiment, histories.c.key == old)
+    connection.execute(sa.update(histories).where(*where).values(key=new))
+
+
+def history(connection: sa.Connection, experiment: str, key: str) -> Any:
+    where = (histories.c.experiment == experiment, histories.c.key == key)
+    return connection.scalar(sa.select(histories.c.records).where(*where))
+
+
+def cohort_id(members: Iterable[Row]) -> str:
+    """The same cells, with the same executions left to do, make the same cohort in whatever order."""
+    marks = sorted(f"{row.key}:{row.done}" if row.done else row.key for row in members)
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""Batches from the resident data: one index-select and one scale per batch, on the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bpf.data.augmentation import augment
+from bpf.data.cache import Data
+from bpf.data.subsets import subset
+from bpf.spec.run import RunSpec
+
+SCALES = {"standard": (127.5, 1 / 127.5), "zero_one": (0.0, 1 / 255), "identity": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples of one kind: where their images and labels lie, and which of them belong."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+class Feed:
+    """Scaled inputs and targets for the runs of a cohort, which share the subset of the data.
+
+    `inputs` and `targets` are the network's widths; `train`, `val` and `test` are the parts. Images stay uint8 on
+    the device, [examples, pixels]; nothing but the batch in use is ever floating point.
+    """
+
+    def __init__(self, data: Data, spec: RunSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._spec, self._dtype, self._shape = spec, dtype, data.shape
+        self._reconstructs = spec.problem_type == "reconstruction"
+        self.inputs = data.shape[0] * data.shape[1] * data.shape[2]
+        self.targets = self.inputs if self._reconstructs else len(data.classes)
+        self._one_hot = torch.eye(len(data.classes), dtype=dtype, device=device)
+        chosen = subset(
+            data.train_labels.cpu().numpy(),
+            examples_frac=spec.examples_frac,
+            val_frac=spec.val_frac,
+            skew_type=spec.skew_type,
+            imbalance_factor=spec.imbalance_factor or 1.0,
+            data_seed=spec.data_seed,
+        )
+        images, labels = data.train_images.flatten(1).to(device), data.train_labels.to(device)
+        self.train = Part(images, labels, torch.from_numpy(chosen.train).to(device))
+        self.val = Part(images, labels, torch.from_numpy(chosen.val).to(device))
+        everything = torch.arange(len(data.test_labels), device=device)
+        self.test = Part(data.test_images.flatten(1).to(device), data.test_labels.to(device), everything)
+        self._augments = any((spec.brightness, spec.rotation, spec.zoom, spec.translation))
+
+    @property
+    def classifies(self) -> bool:
+        return not self._reconstructs
+
+    def batch(
+        self, part: Part, rows: Tensor, generators: list[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs [runs, batch, inputs], targets [runs, batch, targets] and labels [runs, batch].
+
+        `rows` [runs, batch] counts within the part. With `generators`, one per run, the images are augmented
+        where the spec asks for it.
+        """
+        flat = part.index[rows.reshape(-1)]
+        pixels = part.images.index_select(0, flat).view(*rows.shape, -1).to(self._dtype)
+        if generators is not None and self._augments:
+            pixels = self._augmented(pixels, generators)
+        offset, factor = SCALES[self._spec.scaler]
+        inputs = pixels.sub_(offset).mul_(factor)
+        labels = part.labels.index_select(0, flat).view(rows.shape)
+        target = inputs if self._reconstructs else self._one_hot[labels]
+        return inputs, target, labels
+
+    def _augmented(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        changed = augment(
+            pixels.view(*pixels.shape[:2], *self._shape),
+            brightness=self._spec.brightness,
+            rotation=self._spec.rotation,
+            zoom=self._spec.zoom,
+            translation=self._spec.translation,
+            generators=generators,
+        )
+        return changed.flatten(2)

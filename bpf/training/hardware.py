@@ -1,0 +1,101 @@
+"""Where to train and how many runs to stack there."""
+
+import itertools
+import os
+from pathlib import Path
+
+import torch
+
+from bpf.errors import UsageError
+from bpf.spec.run import RunSpec
+
+BYTES = 4
+COPIES = 4
+"""Weights, gradients and two optimizer states are touched in every step."""
+DEFAULT_CACHE_BYTES = 16 * 2**20
+MAX_RUNS_CPU, MAX_RUNS_GPU = 64, 1024
+GPU_SHARE = 0.5
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a spec asks for; auto is the first GPU, or the CPU without one.
+
+    Raises UsageError if there is no such device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        found = f"{gpus} CUDA device{'s' if gpus != 1 else ''}" if gpus else "no CUDA device"
+        raise UsageError(f"device {name}: this machine has {found}. Use --device auto or cpu.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device mps: this machine has no Apple GPU. Use --device auto or cpu.")
+    return device
+
+
+def settle(device: torch.device) -> None:
+    """Make this process train on `device` in bpf's way: one thread, and no slow denormal numbers."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def devices(name: str, workers: int | None) -> list[str]:
+    """The device of each worker: of `workers` of them, or of as many as the machine has use for.
+
+    `name` is as in a spec, or several joined by commas. That is one worker for each GPU, or for each processor core
+    that this process may use; more workers share the devices evenly. Raises UsageError if there is no such device.
+    """
+    given = [str(choose_device(one)) for one in name.split(",")]
+    if name == "auto" and given[0].startswith("cuda"):
+        given = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    count = workers or (cores() if given == ["cpu"] else len(given))
+    return [given[number % len(given)] for number in range(count)]
+
+
+def cores() -> int:
+    """Processor cores that this process may use: by its affinity and, in a container, by its quota."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(usable, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or `max`: no quota
+        return usable
+
+
+def cohort_cells(
+    spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device, sharers: int = 1
+) -> int:
+    """How many cells of `spec`'s structure to stack, each with `executions` runs.
+
+    On a CPU as many runs as keep what a step touches inside this process's share of the last-level cache; on a
+    GPU as many as half of its memory holds, divided among the workers that share it. At least one cell. The same
+    machine always gives the same number.
+    """
+    sizes = (inputs, *spec.widths, targets)
+    parameters = sum(a * b for a, b in itertools.pairwise(sizes))
+    feedback = sum(spec.widths) * targets
+    activations = spec.batch_size * (inputs + 3 * sum(spec.widths))
+    if device.type == "cuda":
+        budget = int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE / sharers)
+        per_run = BYTES * ((COPIES + 1) * parameters + feedback + activations)
+        limit = MAX_RUNS_GPU
+    else:
+        budget = cache_bytes() // (os.cpu_count() or 1)
+        per_run = BYTES * (COPIES * parameters + feedback + activations)
+        limit = MAX_RUNS_CPU
+    return max(1, min(limit, budget // per_run) // executions)
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache of the first processor, where the system says; otherwise 16 MiB."""
+    levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [_size(path.read_text().strip()) for path in levels]
+    return max(sizes, default=DEFAULT_CACHE_BYTES)
+
+
+def _size(text: str) -> int:
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)

@@ -1,0 +1,317 @@
+"""Claim a cohort, train it, tell: the loop of one worker process.
+
+The study is the truth: whatever runs this loop, and however often it dies, no finished cell is lost or run
+twice, and an interrupted cohort goes on from its checkpoint to the same numbers.
+"""
+
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bpf
+from bpf.data.cache import Data, load
+from bpf.errors import BpfError, DiskFull, RunError
+from bpf.experiment.directory import grid_of, load_rules, load_trackers
+from bpf.files import explaining
+from bpf.results import models
+from bpf.spec.run import RunSpec
+from bpf.study.database import Database
+from bpf.study.owner import Owner
+from bpf.study.plan import Claim, Row
+from bpf.study.study import PATIENCE_SECONDS, Fenced, Study
+from bpf.training.cohort import Cohort
+from bpf.training.hardware import choose_device, cohort_cells, settle
+from bpf.workers.claims import ClaimTraining
+from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
+from bpf.workers.stopping import SIGNALS, CutShort, Interrupted, Stop
+
+CHECKPOINT_SECONDS = 30.0
+FULL_DISK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker works on, and where; it is pickled, as it goes to other processes.
+
+    `files` is where checkpoints and models lie; `sharers` is how
+    many workers use the device; `checkpoint_seconds` is the least time between two checkpoints of a cohort. `home` is
+    where relative paths begin, such as that of `folder:images`.
+    """
+
+    storage: Database
+    experiment: str
+    data_dir: Path
+    files: Path
+    device: str = "auto"
+    sharers: int = 1
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    home: Path = field(default_factory=Path.cwd)
+
+    def checkpoint(self, cohort: str) -> Path:
+        return self.files / "checkpoints" / f"{cohort}.pt"
+
+    @property
+    def models(self) -> Path:
+        return self.files / "models"
+
+
+def work(job: Job, connection: Connection) -> None:
+    """The life of a worker process: what happens goes through `connection`, and any answer is a request to stop."""
+
+    def told_to_stop() -> bool:
+        try:
+            return connection.poll()
+        except OSError:  # whoever started this process is gone
+            return True
+
+    stop = Stop(also=told_to_stop)
+
+    def tell(event: Event) -> None:
+        try:
+            connection.send(event)
+        except OSError:
+            stop.request()
+
+    for number in SIGNALS:  # Ctrl-C reaches the whole group; whoever started this process decides what it means
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
+    try:
+        os.chdir(job.home)
+        with closing(Study.open(job.storage, job.experiment)) as study:
+            Worker(job, study, tell, stop).run()
+        tell(Left("done"))
+    except Interrupted as stopped:
+        tell(Left("cut short" if isinstance(stopped, CutShort) else "stopped"))
+    except BpfError as error:
+        tell(Left("failed", str(error), error.exit_code))
+    except Exception:
+        tell(Left("crashed", traceback.format_exc()))
+
+
+@dataclass
+class Worker:
+    """One process's work on an experiment. `data` is loaded if it is not given."""
+
+    job: Job
+    study: Study
+    tell: Callable[[Event], None]
+    stop: Stop = field(default_factory=Stop)
+    data: Data | None = None
+
+    def __post_init__(self) -> None:
+        grid = grid_of(self.study.settings)
+        self._executions = grid.executions_per_trial
+        self._keep = bool(self.study.settings.get("keep_checkpoints"))
+        self._device = choose_device(self.job.device)
+        data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
+        self._data = data.to(self._device)
+        self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
+
+    def run(self) -> None:
+        """Train until nothing is pending.
+
+        Raises Interrupted after a request to stop, and BpfError when the work cannot go on; what was claimed is
+        released in either case.
+        """
+        settle(self._device)
+        self.study.patience, self.study.on_wait = PATIENCE_SECONDS, self._wait
+        self.study.repair()
+        with explaining(self.study.locks):
+            owner = Owner(self.study.locks, self._facts)
+        with owner, self.study.renewing(owner):
+            self._owner = owner
+            while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
+                self._attend(claim)
+            self.study.retire(owner)
+        counts = self.study.counts()
+        if self.stop.asked and (counts["pending"] or counts["interrupted"]):
+            raise self.stop.interruption()
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "device": str(self._device),
+            "bpf": bpf.__version__,
+            "torch": torch.__version__,
+        }
+
+    def _attend(self, claim: Claim) -> None:
+        """Train a claim, or give it back for a reason."""
+        training: ClaimTraining | None = None
+        try:
+            training = self._open(claim)
+            self._train(training)
+        except Fenced:
+            self.tell(Trouble("Another worker has taken over a cohort here; it is left to that one."))
+            self.tell(GivenUp())
+        except (BpfError, KeyboardInterrupt) as error:
+            with suppress(RunError, Interrupted):  # with the database away, the lock says as much
+                self.study.patience = 0.0
+                self.study.release(claim)
+            raise error
+        except (MemoryError, torch.OutOfMemoryError):
+            self._out_of_memory(claim, training.stacked if training else self._runs(claim))
+        except Exception:
+            self._raised(claim, traceback.format_exc())
+
+    def _open(self, claim: Claim) -> ClaimTraining:
+        path, limit = self.job.checkpoint(claim.cohort), claim.rows[0].max_runs
+        training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
+        if training.epoch:
+            self.study.progressed(claim, training.epoch)
+        return training
+
+    def _runs(self, claim: Claim) -> int:
+        """How many runs of a claim are stacked."""
+        runs = sum(self._executions - row.done for row in claim.rows)
+        return min(runs, claim.rows[0].max_runs or runs)
+
+    def _cohort(self, specs: list[RunSpec]) -> Cohort:
+        rule = self._rules[specs[0].algorithm]
+        return Cohort(specs, rule, self._data, self._trackers, self._device, keep_final=self._keep)
+
+    def _train(self, training: ClaimTraining) -> None:
+        claim, first = training.claim, training.specs[0]
+        shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
+        self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
+        saved = time.monotonic()
+        while not training.done:
+            began = time.perf_counter()
+            training.run_epoch()
+            speed = training.examples * training.stacked / (time.perf_counter() - began)
+            self.tell(Trained(training.epoch, speed, training.objective))
+            if self._owner.lost.is_set():
+                raise Fenced("The lease has run out.")
+            if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
+                self._save(training)
+                saved = time.monotonic()
+            if self.stop.asked and not training.done:
+                raise self.stop.interruption()
+        if self._keep or len(claim.rows) > 1:  # a crash between two cells' results must find the others' again
+            self._save(training)
+        try:
+            self._finish(training)
+        except Fenced:
+            raise
+        except RunError:  # the database is gone for good: what is trained need not be trained again
+            training.save()
+            raise
+
+    def _save(self, training: ClaimTraining) -> None:
+        self._write(training.save)
+        if any(row.kills for row in training.claim.rows):  # it got further, so what killed its workers is forgiven
+            self.study.progressed(training.claim, training.epoch)
+        self.tell(Saved())
+
+    def _finish(self, training: ClaimTraining) -> None:
+        for outcome in training.outcomes(lambda row: self.study.history(row.key)):
+            row, result = outcome.row, outcome.result
+            result |= {"device": str(self._device), "examples": training.examples}
+            if outcome.value is not None and outcome.run is not None:
+                self._keep_model(row, outcome.value, training, outcome.run)
+            self.study.finish(training.claim, row.key, outcome.value, outcome.state, result, outcome.history)
+            self._tell_ended(row, outcome.state, outcome.value)
+        self._discard_models(training.claim.rows[0].rule)
+        if not self._keep:
+            self._discard_checkpoint(training.claim)
+
+    def _keep_model(self, row: Row, value: float, training: ClaimTraining, run: int) -> None:
+        """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
+        best = self.study.best(row.rule)
+        if best is not None and best[1] < value:  # of equal ones either may become it
+            return
+        network = training.network(run)
+        if network is not None:
+            path = models.path_of(self.job.models, row.rule, row.key)
+            spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
+            self._write(lambda: models.save(path, network, spec, shape, classes))
+
+    def _discard_models(self, rule: str) -> None:
+        """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
+
+        The best is looked for last: what had finished by then and is not the best will never be it, whatever other
+        workers finish meanwhile.
+        """
+        kept = models.kept(self.job.models, rule)
+        finished = self.study.finished(kept)
+        best = self.study.best(rule)
+        for key in finished - ({best[0]} if best is not None else finished):
+            models.discard(kept[key])
+
+    def _out_of_memory(self, claim: Claim, stacked: int) -> None:
+        """Stack half as many runs; if it was one, the cell cannot be trained here."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        spec = claim.rows[0].spec
+        what = (
+            f"Out of memory training {claim.rows[0].rule} with arch {spec['arch']} and batch_size {spec['batch_size']}"
+        )
+        if stacked > 1:
+            self.study.release(claim, max_runs=stacked // 2, cause="memory")
+            self._discard_checkpoint(claim)
+            self.tell(Trouble(f"{what}, {stacked} runs together; it is tried again with {stacked // 2}."))
+            self.tell(GivenUp())
+            return
+        cure = "Use a smaller arch or batch_size."
+        self._fail(claim, f"{what} on {self._device}, one run alone. {cure}", "memory")
+
+    def _raised(self, claim: Claim, trace: str) -> None:
+        """A rule raised: its cell has failed. In a cohort each is tried alone, so that only the guilty one fails."""
+        if len(claim.rows) > 1:
+            self.study.release(claim, max_runs=self._executions, cause="exception")
+            self._discard_checkpoint(claim)
+            self.tell(Trouble(f"{trace.strip().splitlines()[-1]}: its cohort is tried again, each cell alone."))
+            self.tell(GivenUp())
+        else:
+            self._fail(claim, trace, "exception")
+
+    def _fail(self, claim: Claim, error: str, cause: str) -> None:
+        with suppress(Fenced):
+            for row in claim.rows:
+                self.study.fail(claim, row.key, error, cause)
+                self._tell_ended(row, "failed", None)
+        self._discard_checkpoint(claim)
+
+    def _tell_ended(self, row: Row, state: str, value: float | None) -> None:
+        self.tell(
+            Ended(row.key, row.name, row.rule, row.chosen, state, value, row.cost * (self._executions - row.done))
+        )
+
+    def _discard_checkpoint(self, claim: Claim) -> None:
+        with suppress(OSError):  # of no more use, and no reason to fail
+            self.job.checkpoint(claim.cohort).unlink(missing_ok=True)
+
+    def _cohort_size(self, row: Row) -> int:
+        if row.max_runs:
+            return max(1, row.max_runs // self._executions)
+        spec = RunSpec.model_validate(row.spec)
+        channels, height, width = self._data.shape
+        inputs = channels * height * width
+        targets = inputs if spec.problem_type == "reconstruction" else len(self._data.classes)
+        return cohort_cells(spec, self._executions, inputs, targets, self._device, self.job.sharers)
+
+    def _wait(self, reason: str) -> None:
+        """Let a person know, and go on waiting unless asked to stop."""
+        self.tell(Trouble(reason))
+        if self.stop.asked:
+            raise CutShort
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write a file; with the disk full, wait for space."""
+        while True:
+            try:
+                return write()
+            except DiskFull as error:
+                self._wait(f"The disk is full: {error.path} cannot be written. The work goes on when there is space.")
+            time.sleep(FULL_DISK_SECONDS)
