@@ -37,8 +37,9 @@ import optuna
 from bpf import api
 from bpf.experiment.grid import expand
 from bpf.spec.run import GridSpec
+from bpf.study.owner import Owner
 from bpf.study.plan import Axis
-from bpf.study.study import Owner, Study
+from bpf.study.study import Study
 from bpf.study.trials import _distribution, _grid_ids, search_space
 
 EPOCHS, EXECUTIONS, DIFFERENT = 100, 3, 50

@@ -1,6 +1,5 @@
 """What the commands do, as functions on experiments that return plain values. Nothing here prints."""
 
-import datetime
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -10,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
-from bpf.errors import RunError, UsageError
+from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
-from bpf.experiment.grid import MAX_CELLS, Grid, as_grid, check_run, expand, resolve_options
+from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
+from bpf.results import summary
+from bpf.results.summary import Outset
 from bpf.spec.run import GridSpec, RunSpec
 from bpf.study.database import Database
-from bpf.study.plan import OPEN, STATES, Row
-from bpf.study.ranking import Ranked, rank, winners
-from bpf.study.study import PATIENCE_SECONDS, Study
+from bpf.study.patience import PATIENCE_SECONDS
 from bpf.workers.events import Trouble
 
 if TYPE_CHECKING:
+    from bpf.study.study import Study
     from bpf.workers.events import Observe
 
 
@@ -132,7 +132,7 @@ def run(
     with experiment.running(), closing(_planned(experiment, command)) as study:
         if retry_failed:
             study.retry_failed()
-        outset = Outset.of(study, spec)
+        outset = Outset.of(study, spec.objective, spec.executions_per_trial)
         jobs = [
             Job(
                 experiment.database,
@@ -177,7 +177,7 @@ def _check(experiment: Experiment) -> Data:
     return loaded
 
 
-def _planned(experiment: Experiment, command: Sequence[str]) -> Study:
+def _planned(experiment: Experiment, command: Sequence[str]) -> "Study":
     """The study with every cell in it; `experiment.yaml` remembers the command."""
     begun = experiment.begun
     if not begun:  # first of all, so that whatever happens next, `bpf resume` can go on
@@ -203,6 +203,7 @@ def join(
     as its database says) if that folder is here as well, or in a folder of this machine's own. Raises Interrupted after
     a request to stop.
     """
+    from bpf.study.study import Study
     from bpf.workers.stopping import Stop
     from bpf.workers.worker import Job, Worker
 
@@ -213,109 +214,13 @@ def join(
             files = checkpoints.resolve() / study.experiment
         elif not files.is_absolute() or not files.is_dir():
             files = Path("bpf-checkpoints").resolve() / study.experiment
-        outset = Outset.of(study, spec)
+        outset = Outset.of(study, spec.objective, spec.executions_per_trial)
         where = (effort.device or "auto", 1, effort.checkpoint_seconds)
         job = Job(Database.at(storage), study.experiment, data_dir or Path("data"), files, *where)
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
             Worker(job, study, partial(observer, 1), stop).run()
         return study.experiment
-
-
-@dataclass(frozen=True)
-class Outset:
-    """How an experiment stands when work on it begins, for whoever shows the progress.
-
-    `cost` is the work of the cells that are not finished, `best` the best value of each rule. `varying` are the
-    parameters with more than one value.
-    """
-
-    objective: str
-    total: int
-    open: int
-    cost: float
-    best: dict[str, float]
-    varying: frozenset[str]
-
-    @classmethod
-    def of(cls, study: "Study", spec: GridSpec) -> "Outset":
-        tallies = study.tally()
-        left = [tally for tally in tallies if tally.state in OPEN]
-        found = {rule: study.best(rule) for rule in study.rules()}
-        best = {rule: one[1] for rule, one in found.items() if one is not None}
-        return cls(
-            spec.objective,
-            sum(tally.count for tally in tallies),
-            sum(tally.count for tally in left),
-            sum(tally.cost for tally in left) * spec.executions_per_trial,
-            best,
-            study.varying(),
-        )
-
-
-def rows(experiment: Experiment) -> list[Row]:
-    """Every cell of the experiment, in plan order."""
-    with closing(experiment.open_study(reading=True)) as study:
-        return study.rows()
-
-
-def varying(experiment: Experiment) -> frozenset[str]:
-    """The parameters with more than one value."""
-    with closing(experiment.open_study(reading=True)) as study:
-        return study.varying()
-
-
-def history(experiment: Experiment, key: str) -> list[dict[str, Any]]:
-    """A cell's executions with their histories: one number per epoch for each measurement."""
-    with closing(experiment.open_study(reading=True)) as study:
-        return study.history(key) or []
-
-
-def status(experiment: Experiment) -> dict[str, Any]:
-    """Cells by state and trouble, who works on them, seconds spent, and seconds that the rest will take.
-
-    The time left is the speed of finished cells applied to the others, shared by the workers that are alive.
-    """
-    with closing(experiment.open_study(reading=True)) as study:
-        tallies = study.tally()
-        workers = study.workers()
-    counts = dict.fromkeys(STATES, 0)
-    causes: dict[str, dict[str, int]] = {}
-    for tally in tallies:
-        counts[tally.state] += tally.count
-        if tally.cause is not None:
-            by_state = causes.setdefault(tally.cause, {})
-            by_state[tally.state] = by_state.get(tally.state, 0) + tally.count
-    elapsed = sum(tally.seconds for tally in tallies)
-    done = sum(tally.cost for tally in tallies if tally.seconds)
-    left = sum(tally.cost for tally in tallies if tally.state in OPEN)
-    eta = 0.0 if not counts_open(counts) else left * elapsed / done / max(1, len(workers)) if done else None
-    return {
-        "experiment": str(experiment.directory),
-        "cells": {"total": sum(counts.values()), **counts},
-        "causes": causes,
-        "workers": [{"pid": worker["pid"], **worker["facts"], "since": _utc(worker["began"])} for worker in workers],
-        "elapsed_seconds": round(elapsed, 3),
-        "eta_seconds": None if eta is None else round(eta, 3),
-    }
-
-
-def counts_open(counts: dict[str, int]) -> int:
-    return sum(counts[state] for state in OPEN)
-
-
-def provenance(experiment: Experiment) -> dict[str, Any]:
-    """Where the numbers come from: the resolved spec and each start with its command, versions, git and hardware."""
-    return {
-        "experiment": str(experiment.directory),
-        "name": experiment.name,
-        "created": experiment.created,
-        "storage": experiment.database.public,
-        "checkpoints": str(experiment.files),
-        "data_dir": str(experiment.data_dir),
-        "spec": experiment.grid.model_dump(mode="json"),
-        "sessions": experiment.sessions(),
-    }
 
 
 def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -328,64 +233,6 @@ def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool 
         for path in found:
             path.unlink(missing_ok=True)
     return {"files": [str(path) for path in found], "bytes": size}
-
-
-def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:
-    """The complete cells ranked by the objective, best first."""
-    return ranking(experiment, top).top
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The `top` cells, the best one of each rule (`winners`), both best first; how many cells are in each state; the
-    parameters with more than one value; and the first cell that failed.
-    """
-
-    top: list[Ranked]
-    winners: list[Ranked]
-    counts: dict[str, int]
-    varying: frozenset[str]
-    failure: Row | None
-
-
-def ranking(experiment: Experiment, top: int) -> Ranking:
-    """What came out so far. It reads no more cells than are shown."""
-    with closing(experiment.open_study(reading=True)) as study:
-        counts = study.counts()
-        rules = study.rules()
-        leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
-        failed = study.rows(state="failed")[:1] if counts["failed"] else []
-        return Ranking(leaders[:top], winners(leaders), counts, study.varying(), failed[0] if failed else None)
-
-
-def train_report(experiment: Experiment) -> dict[str, Any]:
-    """What came out of a single run. Raises RunError with the cause if the rule failed."""
-    row = rows(experiment)[0]
-    if row.state == "failed":
-        last = (row.error or "").strip().splitlines()[-1]
-        raise RunError(
-            f"The run failed: {last}\nSee `bpf status {experiment.directory} --failed`; "
-            f"`bpf resume {experiment.directory} --retry-failed` tries again."
-        )
-    result = row.result or {}
-    record = result["executions"][0]
-    return {
-        "status": row.state,
-        "dataset": row.spec["dataset"],
-        "algorithm": row.rule,
-        "seed": record["seed"],
-        "device": result["device"],
-        "epochs": record["epochs"],
-        "train": record["train"],
-        "val": record["val"],
-        "test": record["test"],
-        "seconds": {
-            "total": record["seconds"],
-            "per_epoch": record["seconds"] / record["epochs"],
-            "tracking": record.get("tracking_seconds", 0.0),
-        },
-        "samples_per_second": result["examples"] * record["epochs"] / record["seconds"],
-    }
 
 
 def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
@@ -401,7 +248,7 @@ def newest_unfinished(root: Path, place: Place = Place()) -> Experiment:  # noqa
     newest(root, place)
     for directory in find(root):
         experiment = open_experiment(directory, place)
-        if experiment.database.missing() or counts_open(status(experiment)["cells"]):
+        if experiment.database.missing() or summary.counts_open(summary.status(experiment)["cells"]):
             return experiment
     raise UsageError(f"Every experiment in {root} is finished. Start one with `bpf tune`, or name a directory.")
 
@@ -417,7 +264,3 @@ def _check_subsets(spec: GridSpec, loaded: Data) -> None:
                 imbalance_factor=factor,
                 data_seed=spec.data_seed,
             )
-
-
-def _utc(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

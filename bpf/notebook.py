@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpf import api
-from bpf.console import tables as console
+from bpf.console import tables
+from bpf.console.progress import LiveProgress
 from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment import handover
 from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.extras import need
-from bpf.results import exporting
+from bpf.results import exporting, summary
 from bpf.spec.fields import build
 from bpf.spec.run import GridSpec, RunSpec
+from bpf.words import counted
 from bpf.workers import processes
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ class Opened:
         experiment, grid = self.experiment, self.experiment.grid
         cells = ""
         if experiment.is_here and not experiment.database.missing():  # no server is asked
-            with suppress(BpfError), closing(experiment.open_study(reading=True)) as study:
-                cells = f"{console.counted(sum(study.counts().values()), 'cell')}: "
+            with suppress(BpfError), closing(experiment.read_study()) as study:
+                cells = f"{counted(sum(study.counts().values()), 'cell')}: "
         return f"bpf.open({str(self.directory)!r})  # {cells}{', '.join(grid.algorithm)} on {grid.dataset}"
 
     @property
@@ -62,11 +64,11 @@ class Opened:
 
     def status(self) -> dict[str, Any]:
         """How far it is, as `bpf status --json` tells it."""
-        return api.status(self.experiment)
+        return summary.status(self.experiment)
 
     def best(self, top: int = 10) -> list[dict[str, Any]]:
         """The best cells, as `bpf best --json` tells them."""
-        return [entry.as_json(self.experiment.grid.objective) for entry in api.best(self.experiment, top)]
+        return [entry.as_json(self.experiment.grid.objective) for entry in summary.best(self.experiment, top)]
 
     def best_model(self, rule: str) -> Path | None:
         """The file of a rule's best network, for `bpf.load`; None if nothing of it is complete yet.
@@ -78,13 +80,13 @@ class Opened:
         if rule not in self.experiment.grid.algorithm:
             known = did_you_mean(rule, self.experiment.grid.algorithm)
             raise UsageError(f"{self.directory} has no rule {rule!r}.{known}")
-        with closing(self.experiment.open_study(reading=True)) as study:
+        with closing(self.experiment.read_study()) as study:
             found = study.best(rule)
         return path_of(self.experiment.files / "models", rule, found[0]) if found else None
 
     def _frame(self, what: str) -> "pandas.DataFrame":
         pandas = need("pandas", "A DataFrame", "pandas", "notebook")
-        with closing(self.experiment.open_study(reading=True)) as study:
+        with closing(self.experiment.read_study()) as study:
             table = exporting.table(study, what)
             return pandas.DataFrame(list(table), columns=list(table.columns))
 
@@ -113,7 +115,7 @@ def tune(
     where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
     experiment = api.open_tune(where, grid, Path(data_dir), place)
     if taken is not None and not quiet:
-        console.show_taken(taken)
+        tables.show_taken(taken)
     return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
 
 
@@ -141,6 +143,6 @@ def open(directory: str | Path) -> Opened:
 def _run(experiment: Experiment, effort: api.Effort, quiet: bool) -> Opened:
     # A notebook's cell has no command line; what was called is in the spec.
     command = [f"bpf.{experiment.kind}", str(experiment.directory)]
-    api.run(experiment, lambda outset: console.LiveProgress(outset, quiet), command, effort)
+    api.run(experiment, lambda outset: LiveProgress(outset, quiet), command, effort)
     sys.stderr.flush()
     return Opened(experiment)

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Self
 import optuna
 from optuna.samplers import GridSampler
 
-from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from bpf.study.plan import Row
 from bpf.workers import supervisor, worker
 from bpf.workers.worker import Job
@@ -302,8 +302,13 @@ def outcomes(directory: Path) -> dict[str, Any]:
         return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
     return {
-        row.key: (row.state, row.value, timeless(row.result["executions"]), timeless(api.history(experiment, row.key)))
-        for row in api.rows(experiment)
+        row.key: (
+            row.state,
+            row.value,
+            timeless(row.result["executions"]),
+            timeless(summary.history(experiment, row.key)),
+        )
+        for row in summary.rows(experiment)
         if row.result
     }
 
@@ -314,7 +319,7 @@ def assert_ran_once(directory: Path, set_aside: int = 0) -> None:
     Besides those trials there are the failed ones of cells that were `set_aside` and tried again.
     """
     experiment = open_experiment(directory)
-    rows = api.rows(experiment)
+    rows = summary.rows(experiment)
     with closing(experiment.open_study()) as study:
         rules = experiment.grid.algorithm
         spaces = {rule: (study.study_name(rule), study.search_space(rule)) for rule in rules}
@@ -340,7 +345,7 @@ def files(directory: Path) -> list[str]:
 
 def needed(directory: Path) -> list[str]:
     """What should lie in the directory of a finished grid: of checkpoints none, of models each rule's best."""
-    rows = api.rows(open_experiment(directory))
+    rows = summary.rows(open_experiment(directory))
     best: dict[str, Row] = {}
     for row in sorted((row for row in rows if row.state == "complete"), key=lambda row: (row.value, row.ordinal)):
         best.setdefault(row.rule, row)

@@ -8,8 +8,8 @@ from typing import Any
 from bpf.api import open_tune
 from bpf.experiment.directory import Experiment, Place
 from bpf.spec.run import GridSpec
+from bpf.study.owner import Owner
 from bpf.study.plan import Row
-from bpf.study.study import Owner
 from bpf.workers.claims import outcome
 
 Invent = Callable[[Row, int], dict[str, Any]]

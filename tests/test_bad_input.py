@@ -29,9 +29,9 @@ import yaml
 from PIL import Image
 
 import bpf.data.fetching
-import bpf.study
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.study import patience
 from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.workers import worker
@@ -1044,7 +1044,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids are trained in this process, and nobody waits for long."""
     monkeypatch.setattr(Supervisor, "run", train_here)
     monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.0)
-    monkeypatch.setattr(bpf.study.study, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.0)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a descriptor's file in /proc")

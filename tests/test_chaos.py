@@ -19,6 +19,7 @@ import pytest
 
 from bpf import api
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from chaos import PLANNING, TRAINING, Command, assert_ran_once, files, needed, outcomes, places
 
 KILLS = int(os.environ.get("BPF_CHAOS_KILLS", "20"))
@@ -63,7 +64,7 @@ class Chaos:
             directory = self.folder / f"grid {self.found['grids']}"
             with ExitStack() as commands:
                 set_aside = self._finish(directory, commands)
-            rows = api.rows(open_experiment(directory))
+            rows = summary.rows(open_experiment(directory))
             apart = {row.key for row in rows if row.max_runs is not None}  # numbers are the same but for rounding
             self.found["cells trained apart"] += len(apart)
             self.found["cells set aside and tried again"] += set_aside
@@ -101,7 +102,7 @@ class Chaos:
             command.wait_for_nobody()
             if code == 0:
                 return set_aside
-            rows = api.rows(open_experiment(directory))
+            rows = summary.rows(open_experiment(directory))
             failed = [row for row in rows if row.state == "failed"]
             if failed:
                 assert {row.cause for row in failed} == {"killed"}, command.output

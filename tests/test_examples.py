@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
@@ -82,7 +82,7 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
         return
     run(shortened(arguments))
     [directory] = (tmp_path / "runs").iterdir()
-    rows = api.rows(open_experiment(directory))
+    rows = summary.rows(open_experiment(directory))
     assert {row.state for row in rows} <= {"complete", "diverged"}
     fixed = dict(itertools.pairwise(arguments))
     assert {row.spec["problem_type"] for row in rows} == {fixed.get("--problem-type", "classification")}
@@ -95,7 +95,7 @@ def test_the_readmes_two_phases(tmp_path: Path) -> None:
     for name, rates in (("learning-rates", ["--lr", "0.001,0.01"]), ("dropout", [])):
         assert f"bpf tune --spec examples/{name}.yaml" in [command.strip() for command in COMMANDS]
         run(["tune", "--spec", str(ROOT / "examples" / f"{name}.yaml"), *size, *rates, "--quiet"])
-    rows = api.rows(open_experiment(tmp_path / "runs" / "fmnist-bp+dfa-val_loss"))
+    rows = summary.rows(open_experiment(tmp_path / "runs" / "fmnist-bp+dfa-val_loss"))
     assert {row.spec["lr"] for row in rows} <= {0.001, 0.01}
     assert "lr" not in rows[0].params
     assert len({row.params["dropout"] for row in rows}) > 1
@@ -117,7 +117,7 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
     if example.name == "own-images.toml":
         arguments += ["--dataset", f"folder:{own_images(tmp_path / 'images')}"]
     run(shortened(arguments))
-    rows = api.rows(open_experiment(tmp_path / "grid"))
+    rows = summary.rows(open_experiment(tmp_path / "grid"))
     assert rows
     assert {row.state for row in rows} <= {"complete", "diverged"}
 

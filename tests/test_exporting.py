@@ -55,14 +55,14 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 
 def table(experiment: Experiment, what: str) -> tuple[dict[str, type], list[dict[str, Any]]]:
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         made = exporting.table(study, what)
         return made.columns, list(made)
 
 
 def written(experiment: Experiment, what: str, format: str) -> bytes:
     file = io.BytesIO()
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         exporting.write(exporting.table(study, what), format, file)
     return file.getvalue()
 
@@ -160,7 +160,7 @@ def test_records_without_tracked_values_are_read(tmp_path: Path) -> None:
 def test_what_is_trained_between_the_two_readings_is_left_out(tmp_path: Path) -> None:
     """Else it might have columns that the header lacks."""
     experiment = planned(tmp_path / "mine", arch=["8", "8-8"])
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         made = exporting.table(study, "history")
         finished(tmp_path / "mine", invent, arch=["8", "8-8"])
         assert list(made) == []
@@ -207,7 +207,7 @@ def test_json_is_a_list_of_the_records(experiment: Experiment) -> None:
 
 
 def test_unknown_names_are_refused(experiment: Experiment) -> None:
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         with pytest.raises(UsageError) as refused:
             exporting.table(study, "histories")
         assert str(refused.value) == (

@@ -13,9 +13,9 @@ import pytest
 from optuna.samplers import GridSampler
 from safetensors import safe_open
 
-from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from bpf.study.plan import Row
 
 GRID = [
@@ -51,7 +51,8 @@ def outcomes(directory: Path) -> dict[str, Any]:
     """Every cell's state, value, executions and histories by its key, without times."""
     experiment = open_experiment(directory)
     return {
-        row.key: (row.state, row.value, _executions(row), _history(directory, row.key)) for row in api.rows(experiment)
+        row.key: (row.state, row.value, _executions(row), _history(directory, row.key))
+        for row in summary.rows(experiment)
     }
 
 
@@ -60,7 +61,7 @@ def _executions(row: Row) -> list[dict[str, Any]]:
 
 
 def _history(directory: Path, key: str) -> list[dict[str, Any]]:
-    return [_untimed(execution) for execution in api.history(open_experiment(directory), key)]
+    return [_untimed(execution) for execution in summary.history(open_experiment(directory), key)]
 
 
 def _untimed(execution: dict[str, Any]) -> dict[str, Any]:
@@ -68,12 +69,12 @@ def _untimed(execution: dict[str, Any]) -> dict[str, Any]:
 
 
 def attempts(directory: Path) -> list[int]:
-    return [row.attempt for row in api.rows(open_experiment(directory))]
+    return [row.attempt for row in summary.rows(open_experiment(directory))]
 
 
 def assert_optuna_agrees(directory: Path) -> None:
     experiment = open_experiment(directory)
-    rows = api.rows(experiment)
+    rows = summary.rows(experiment)
     with closing(experiment.open_study()) as study:
         spaces = {rule: (study.study_name(rule), study.search_space(rule)) for rule in experiment.grid.algorithm}
     for rule, (name, space) in spaces.items():
@@ -133,11 +134,11 @@ def test_more_epochs_without_checkpoints_are_refused(tmp_path: Path, capsys: pyt
 def test_more_executions_train_only_the_missing_ones(tmp_path: Path) -> None:
     directory, whole = tmp_path / "grid", tmp_path / "whole"
     tune(directory)
-    first = {row.key: row for row in api.rows(open_experiment(directory))}
+    first = {row.key: row for row in summary.rows(open_experiment(directory))}
     tune(directory, **{"executions-per-trial": 4})
     tune(whole, **{"executions-per-trial": 4})
     assert outcomes(directory) == outcomes(whole)
-    for row in api.rows(open_experiment(directory)):
+    for row in summary.rows(open_experiment(directory)):
         earlier = first[row.key]
         assert row.result["executions"][:2] == earlier.result["executions"], "with their seconds: not trained again"
         assert (row.trial_id, row.name) == (earlier.trial_id, earlier.name)
@@ -200,7 +201,7 @@ def test_a_single_run_goes_on_for_more_epochs(tmp_path: Path) -> None:
 def test_the_best_model_of_each_rule_is_kept(tmp_path: Path) -> None:
     directory = tmp_path / "grid"
     tune(directory)
-    best = {entry.row.rule: entry.row for entry in reversed(api.best(open_experiment(directory)))}
+    best = {entry.row.rule: entry.row for entry in reversed(summary.best(open_experiment(directory)))}
     found = {path.parent.name: path for path in (directory / "models").glob("*/*")}
     assert {rule: path.stem for rule, path in found.items()} == {rule: row.key for rule, row in best.items()}
     for rule, path in found.items():
@@ -280,7 +281,7 @@ def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
     ]
     assert run("resume", str(old), "--workers", "1", "--quiet") == 0
     assert run("tune", str(tmp_path / "new"), *options) == 0
-    rows = api.rows(open_experiment(old))
+    rows = summary.rows(open_experiment(old))
     assert [(row.state, row.attempt) for row in rows] == [("complete", 1)] * 2 + [("complete", 2)] * 2
     assert blurred(outcomes(old)) == blurred(outcomes(tmp_path / "new"))
     assert_optuna_agrees(old)
@@ -289,12 +290,12 @@ def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
 
 def test_an_experiment_of_bpf_0_1_is_read(old: Path) -> None:
     experiment = open_experiment(old)
-    assert api.status(experiment)["cells"] | {"total": 4} == {
+    assert summary.status(experiment)["cells"] | {"total": 4} == {
         "total": 4, "pending": 0, "interrupted": 2, "running": 0, "complete": 2, "diverged": 0, "failed": 0,
     }  # fmt: skip
-    complete = [row for row in api.rows(experiment) if row.state == "complete"]
+    complete = [row for row in summary.rows(experiment) if row.state == "complete"]
     assert all(row.cost > 0 for row in complete)
-    assert [len(api.history(experiment, row.key)) for row in complete] == [2, 2]
-    provenance = api.provenance(experiment)
+    assert [len(summary.history(experiment, row.key)) for row in complete] == [2, 2]
+    provenance = summary.provenance(experiment)
     assert provenance["sessions"][0]["command"].startswith("bpf tune old --dataset digits")
     assert provenance["sessions"][-1]["versions"]["bpf"] == "0.1.0"

@@ -17,12 +17,12 @@ import yaml
 from optuna.samplers import GridSampler
 
 import bpf as package
-from bpf import api
 from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, find, open_experiment, prepare
 from bpf.experiment.grid import setup
 from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
+from bpf.results import summary
 from bpf.spec.fields import build
 from bpf.spec.run import GridSpec
 from bpf.study.plan import Row
@@ -75,7 +75,7 @@ def bpf(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def rows(directory: str) -> list[Row]:
-    return api.rows(open_experiment(Path(directory)))
+    return summary.rows(open_experiment(Path(directory)))
 
 
 def winners(directory: str) -> dict[tuple[Any, ...], float]:
@@ -489,9 +489,9 @@ def test_a_learning_rate_that_was_handed_over_is_shown(bpf: Callable[..., str]) 
     assert all("lr" in record for record in json.loads(bpf("export ex/val_loss --what history --format json")))
     assert "arch=8 dropout=0 lr=" in " ".join(bpf("best ex/val_loss").split())
     storage = "sqlite:///ex/val_loss/study.db"
-    for summary in optuna.get_all_study_summaries(storage):
-        for trial in optuna.load_study(study_name=summary.study_name, storage=storage).trials:
-            lr = best[summary.study_name.rpartition("/")[2], trial.params["arch"]]
+    for one in optuna.get_all_study_summaries(storage):
+        for trial in optuna.load_study(study_name=one.study_name, storage=storage).trials:
+            lr = best[one.study_name.rpartition("/")[2], trial.params["arch"]]
             assert trial.user_attrs["lr"] == lr
             assert "lr" not in trial.params
 

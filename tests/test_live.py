@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from bpf.api import Outset
-from bpf.console import tables as console
-from bpf.console.tables import LiveProgress, sparkline
+from bpf.console import progress as console
+from bpf.console.progress import LiveProgress
+from bpf.results.summary import Outset
+from bpf.words import sparkline
 from bpf.workers.events import Began, Ended, Trained, Trouble
 
 OUTSET = Outset("val_loss", total=8, open=7, cost=70.0, best={"bp": 0.5}, varying=frozenset({"lr"}))

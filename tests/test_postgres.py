@@ -34,7 +34,10 @@ from bpf.spec.run import GridSpec
 from bpf.study import owner as owners
 from bpf.study import schema
 from bpf.study.database import Database
-from bpf.study.study import Axis, Cell, Claim, Fenced, Owner, Study
+from bpf.study.owner import Owner
+from bpf.study.plan import Axis, Cell, Claim
+from bpf.study.study import Fenced, Study
+from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
 from bpf.workers.worker import Job, Worker
 from servers import PostgresServer
@@ -208,7 +211,7 @@ def test_rows_are_the_planned_cells_and_planning_again_changes_nothing(study: St
     before = study.rows()
     assert study.plan({"dfa": [ARCH, RATE]}, cells_of([ARCH, RATE]), {"objective": "error"}) == 0
     assert study.rows() == before
-    with Study.open(study.database, reading=True) as read:
+    with StudyView.open(study.database) as read:
         assert (read.rows(), read.settings) == (before, {"objective": "error"})
 
 
@@ -311,7 +314,8 @@ def test_who_works_is_known(study: Study) -> None:
 def test_a_dead_process_of_this_machine_is_found_at_once(url: str, study: Study, child: Any, owner: Owner) -> None:
     script = """
         import os, signal, sys
-        from bpf.study.study import Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.study import Study
 
         study = Study.open(sys.argv[1])
         claim = study.claim(Owner(study.locks), lambda row: 3)
@@ -347,7 +351,8 @@ def test_four_processes_create_at_once(url: str, child: Any) -> None:
     script = """
         import sys
         from bpf.errors import UsageError
-        from bpf.study.study import Axis, Cell, Study
+        from bpf.study.plan import Axis, Cell
+        from bpf.study.study import Study
 
         name = sys.argv[2]
         print("ready", flush=True)
@@ -413,10 +418,11 @@ def test_what_the_driver_logs_is_not_printed(postgres_url: str, child: Any) -> N
 
 BUSY_CHILD = """
     import sys
-    from bpf.study import study as studies
-    from bpf.study.study import Owner, Study
+    from bpf.study import patience
+    from bpf.study.owner import Owner
+    from bpf.study.study import Study
 
-    studies.LONGEST_PAUSE = 0.5
+    patience.LONGEST_PAUSE = 0.5
     with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner, study.renewing(owner):
         study.patience = 60.0
         study.on_wait = lambda reason: print("waits", reason, flush=True)
@@ -612,7 +618,8 @@ def test_without_patience_and_after_it_the_failure_is_told(
 ELSEWHERE = """
     import sys
     from bpf.study import owner as owners
-    from bpf.study.study import Fenced, Owner, Study
+    from bpf.study.owner import Owner
+    from bpf.study.study import Fenced, Study
 
     owners.machine = lambda: "elsewhere"
     owners.LEASE_SECONDS, owners.RENEW_SECONDS = float(sys.argv[2]), 0.1
@@ -720,10 +727,10 @@ def test_leases_are_not_trusted_after_an_outage(
     url: str, study: Study, owner: Owner, far: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query(url, "UPDATE bpf_owners SET lease = 1")
-    study._failed_at = time.monotonic()
+    study.failed_at = time.monotonic()
     assert study.counts()["running"] == 3
     assert study.repair() == 0
-    study._failed_at -= owners.LEASE_SECONDS
+    study.failed_at -= owners.LEASE_SECONDS
     assert study.counts()["interrupted"] == 3
     assert study.repair() == 3
 
@@ -747,7 +754,8 @@ def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_o
         import os, signal, sys
         from optuna.storages import RDBStorage
         from bpf.study import database
-        from bpf.study.study import Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.study import Study
 
         def stand_still(*arguments, **options):
             RDBStorage.create_new_trial = original

@@ -17,6 +17,7 @@ import pytest
 from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from bpf.workers import processes
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def options(grid: dict[str, Any]) -> list[str]:
 
 
 def states(directory: Path) -> list[str]:
-    return [row.state for row in api.rows(open_experiment(directory))]
+    return [row.state for row in summary.rows(open_experiment(directory))]
 
 
 @pytest.mark.parametrize("names", [["bpf"], ["statistics", "random", "queue", "selectors", "socket"]])
@@ -169,7 +170,8 @@ def test_nothing_stays_behind_when_the_command_ends_before_any_worker(
     """After a mistake at once, whatever the server process still imports; after a kill as soon as it has."""
     (tmp_path / "slow.py").write_text(imports)
     (tmp_path / "program.py").write_text(
-        "import os, signal, sys\nfrom bpf import cli, processes\nfrom bpf.errors import UsageError\n\n"
+        "import os, signal, sys\nfrom bpf.cli import app as cli\nfrom bpf.workers import processes\n"
+        "from bpf.errors import UsageError\n\n"
         f"def opened(*_):\n    {end}\n\n"
         "processes.PRELOADED, cli.place_of = ('slow',), opened\ncli.main(sys.argv[1:])\n"
     )

@@ -9,6 +9,7 @@ import pytest
 from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from chaos import Command, assert_ran_once, files, needed, outcomes
 
 RULES = ("bp", "drtp", "ll-cce")
@@ -137,7 +138,7 @@ def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str,
             command.arm({f"worker {place}": passes})
             assert command.until("killed") is not None, command.output
         assert command.wait() == 0, command.output
-    rows = api.rows(open_experiment(directory))
+    rows = summary.rows(open_experiment(directory))
     assert {row.max_runs for row in rows} == {None}
     assert max(row.attempt for row in rows) == 4
     assert_undisturbed(directory, undisturbed)

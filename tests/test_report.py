@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from bpf import api
 from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.experiment.directory import open_experiment
 from bpf.report import comparing, drawing, figure_sections, figures, memory, report, tables, text_sections
 from bpf.report.block import block
 from bpf.report.drawing import Palette, short, word
+from bpf.results import summary
 from bpf.study.plan import Row
 from browser import check_page
 
@@ -569,7 +569,7 @@ def test_reconstructions_have_the_test_loss_that_training_reported(experiments, 
 
     here = open_experiment(experiments[1])
     monkeypatch.setattr(images, "SHOWN", 360)  # all of them
-    best = [one.row for one in api.best(here) if one.row.rule == "ll-mse"][:1]
+    best = [one.row for one in summary.best(here) if one.row.rule == "ll-mse"][:1]
     found = images.reconstruct(here, best)
     pairs = zip(found.originals, found.by_rule["ll-mse"], strict=True)
     squares = [((2 * (a - b)) ** 2).mean() for a, b in pairs]  # inputs are in -1..1, images in 0..1
@@ -655,7 +655,7 @@ def test_maps_that_cannot_be_are_refused(experiments, tmp_path, capsys, words, m
 
 def test_memory_is_that_of_the_tensors(experiments):
     here = open_experiment(experiments[0])
-    best = {one.row.rule: one.row for one in reversed(api.best(here))}
+    best = {one.row.rule: one.row for one in reversed(summary.best(here))}
     found = {rule: memory.of_cell(here, row) for rule, row in best.items()}
     for rule, one in found.items():
         sizes = [64, *map(int, best[rule].params["arch"].split("-")), 10]

@@ -27,7 +27,9 @@ from optuna.trial import FrozenTrial, TrialState
 import bpf.study.trials
 from bpf.errors import RunError, UsageError
 from bpf.study import database, schema
-from bpf.study.study import Axis, Cell, Claim, Owner, Row, Study
+from bpf.study.owner import Owner
+from bpf.study.plan import Axis, Cell, Claim, Row
+from bpf.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +87,8 @@ def run_child(script: str, *arguments: str | Path) -> subprocess.CompletedProces
 
 KILLED_WHILE_TRAINING = """
     import os, signal, sys
-    from bpf.study.study import Owner, Study
+    from bpf.study.owner import Owner
+    from bpf.study.study import Study
 
     study = Study.open(sys.argv[1])
     claim = study.claim(Owner(study.locks), lambda row: int(sys.argv[2]))
@@ -233,7 +236,9 @@ def test_nothing_is_logged(path: Path) -> None:
     script = """
         import sys
         import optuna
-        from bpf.study.study import Axis, Cell, Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.plan import Axis, Cell
+        from bpf.study.study import Study
 
         with Study.create(sys.argv[1], "mine", {}) as study, Owner(study.locks) as owner:
             study.plan({"bp": []}, [Cell("key", "bp", "any", {}, {})])
@@ -417,7 +422,8 @@ def test_four_processes_claim_each_cell_once(path: Path) -> None:
     planned(path, [rates]).close()
     script = """
         import sys
-        from bpf.study.study import Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.study import Study
 
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
@@ -625,7 +631,8 @@ def test_a_dissolved_cohort_goes_on_in_smaller_ones(path: Path, study: Study, ow
 KILLED_INSIDE = """
     import os, signal, sys
     from optuna.storages import RDBStorage
-    from bpf.study.study import Owner, Study
+    from bpf.study.owner import Owner
+    from bpf.study.study import Study
 
     def killed(*arguments, **options):
         if sys.argv[3] == "after":
@@ -661,7 +668,8 @@ def test_a_kill_between_our_write_and_optunas_leaves_neither(
 def test_a_forked_child_does_not_keep_its_dead_parent_alive(path: Path, study: Study) -> None:
     script = """
         import os, signal, sys
-        from bpf.study.study import Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.study import Study
 
         study = Study.open(sys.argv[1])
         owner = Owner(study.locks)

@@ -20,7 +20,7 @@ import torch
 from bpf import api
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
-from bpf.results import models, tensorboard
+from bpf.results import models, summary, tensorboard
 from bpf.spec.run import RunSpec
 from bpf.study.plan import Row
 from invented import finished, planned, record
@@ -62,7 +62,7 @@ def curve(events: list[Any]) -> list[tuple[int, float]]:
 
 
 def rows(experiment: Experiment) -> list[Row]:
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         return study.rows()
 
 
@@ -180,7 +180,7 @@ def test_a_trained_experiment_is_shown(tmp_path: Path) -> None:
     experiment = api.open_train(tmp_path / "mine", run, tmp_path / "data")
     api.run(experiment, lambda outset: nullcontext(lambda worker, event: None), ["bpf", "train"], api.Effort())
     accumulator = run_of(experiment, tmp_path / "logs")
-    (stored,) = api.history(experiment, rows(experiment)[0].key)
+    (stored,) = summary.history(experiment, rows(experiment)[0].key)
     assert curve(accumulator.Scalars("loss/mean")) == list(enumerate(stored["history"]["loss"], 1))
     for name in ("bp_cosine/layer.1", "activations/layer.0.std"):
         assert curve(accumulator.Scalars(f"{name}/mean")) == list(enumerate(stored["tracked"][name]))

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 import bpf
-from bpf import api
 from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.experiment.directory import open_experiment
+from bpf.results import summary
 from invented import finished, planned, record
 
 GRID = {
@@ -113,7 +113,7 @@ def test_the_best_model_is_loaded(directory: Path, told: Callable[..., str]) -> 
     assert isinstance(network, torch.nn.Module)
     assert network(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape == (3, 10)
     scores = json.loads(told("evaluate", model, "--data-dir", directory.parent, "--json"))
-    winner = next(entry for entry in api.best(open_experiment(directory)) if entry.row.rule == "dfa")
+    winner = next(entry for entry in summary.best(open_experiment(directory)) if entry.row.rule == "dfa")
     executions = winner.row.result["executions"]
     best = min(executions, key=lambda execution: execution["objective"])
     assert scores["loss"] == pytest.approx(best["test"]["loss"], rel=1e-6)
@@ -246,7 +246,7 @@ def test_what_nobody_reads_ends_as_a_pipe_does(directory: Path, command: str) ->
         words.insert(1, str(directory))
     reading, writing = os.pipe()
     os.close(reading)
-    run = [sys.executable, "-c", "import sys; from bpf import cli; cli.main(sys.argv[1:])", *words]
+    run = [sys.executable, "-c", "import sys; from bpf.cli import app as cli; cli.main(sys.argv[1:])", *words]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
         done = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, env=buffered, check=False)
@@ -256,7 +256,7 @@ def test_what_nobody_reads_ends_as_a_pipe_does(directory: Path, command: str) ->
 
 
 def test_the_best_per_parameter(directory: Path, told: Callable[..., str]) -> None:
-    cells = api.best(open_experiment(directory))
+    cells = summary.best(open_experiment(directory))
     expected = [[entry.row.rule, entry.row.params["lr"], entry.row.value] for entry in cells]
     table = pandas.read_csv(io.StringIO(told("best", directory, "--per", "lr", "--csv")))
     assert table[["algorithm", "lr", "objective"]].to_numpy().tolist() == expected
@@ -378,7 +378,7 @@ def test_a_report_is_opened_if_there_is_a_browser(
 
 def test_event_files_are_written(directory: Path, told: Callable[..., str]) -> None:
     told("tensorboard", directory, "--write-only")
-    names = {row.name for row in api.rows(open_experiment(directory))}
+    names = {row.name for row in summary.rows(open_experiment(directory))}
     assert names <= {path.name for path in (directory / "tensorboard").rglob("*")}
 
 

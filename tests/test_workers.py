@@ -29,10 +29,11 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.cli import app as cli
 from bpf.errors import RunError
 from bpf.experiment.directory import Experiment, open_experiment
-from bpf.results import models
+from bpf.results import models, summary
 from bpf.spec.run import GridSpec
-from bpf.study.plan import Row
-from bpf.study.study import Axis, Cell, Owner, Study
+from bpf.study.owner import Owner
+from bpf.study.plan import Axis, Cell, Row
+from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.worker import Job, Worker
@@ -111,15 +112,15 @@ def planned(directory: Path, algorithm: str = "dfa", **spec: Any) -> Experiment:
 def outcomes(experiment: Experiment) -> dict[str, Any]:
     """Every cell's state, value, executions and history by its parameters, without times."""
     found = {}
-    for row in api.rows(experiment):
+    for row in summary.rows(experiment):
         executions = [{k: v for k, v in e.items() if k != "seconds"} for e in (row.result or {}).get("executions", [])]
-        histories = [{k: v for k, v in e.items() if k != "seconds"} for e in api.history(experiment, row.key)]
+        histories = [{k: v for k, v in e.items() if k != "seconds"} for e in summary.history(experiment, row.key)]
         found[json.dumps(row.params)] = (row.state, row.value, executions, histories)
     return found
 
 
 def by_feedback(experiment: Experiment) -> dict[str, Row]:
-    return {str(row.params["bw_init"]): row for row in api.rows(experiment)}
+    return {str(row.params["bw_init"]): row for row in summary.rows(experiment)}
 
 
 @pytest.fixture
@@ -245,7 +246,8 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         study.plan({"dfa": [rates]}, cells)
     script = """
         import sys
-        from bpf.study.study import Owner, Study
+        from bpf.study.owner import Owner
+        from bpf.study.study import Study
 
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
@@ -286,7 +288,7 @@ def test_a_supervisor_waits_for_workers_elsewhere_and_takes_over_from_dead_ones(
                 command.append(start("resume", "grid", "--workers", "2", "--quiet"))
                 command[0].until("Waiting for 4 cells that workers elsewhere train.\n")
             command[0].until("Waiting for 2 cells that workers elsewhere train.\n")
-            with experiment.open_study(reading=True) as other:
+            with experiment.read_study() as other:
                 assert other.counts()["complete"] == 2
 
     with experiment.open_study() as study:
@@ -294,8 +296,8 @@ def test_a_supervisor_waits_for_workers_elsewhere_and_takes_over_from_dead_ones(
         Worker(job, study, tell).run()
     assert command[0].end() == 0, command[0].text
     assert command[0].text.count("Waiting for") == 2, "once each"
-    assert [row.state for row in api.rows(experiment)] == ["complete"] * 4
-    assert sorted(row.attempt for row in api.rows(experiment)) == [1, 1, 2, 2]
+    assert [row.state for row in summary.rows(experiment)] == ["complete"] * 4
+    assert sorted(row.attempt for row in summary.rows(experiment)) == [1, 1, 2, 2]
 
 
 # Rules that harm their process
@@ -336,7 +338,7 @@ def test_cells_that_kill_their_process_are_set_aside_and_the_others_complete(
     troubled.does()
     again = start("resume", "grid", "--retry-failed", "--workers", "1", "--quiet")
     assert again.end() == 0, again.text
-    assert {row.state for row in api.rows(experiment)} == {"complete"}
+    assert {row.state for row in summary.rows(experiment)} == {"complete"}
     undisturbed = planned(troubled.work / "alone" / "grid", bw_init=feedbacks, lr=[0.01])
     assert train_here(undisturbed) == []
     values = {feedback: row.value for feedback, row in by_feedback(undisturbed).items()}
@@ -352,7 +354,7 @@ def test_a_rule_that_always_kills_ends_the_run(troubled: Troubled, start: Callab
         "Error: 5 workers in a row have crashed, the last one by signal SIGKILL, while troubled with arch 8. Nothing "
         "finished is lost. See `bpf status grid`; go on with: bpf resume grid"
     )
-    assert api.status(experiment)["cells"]["running"] == 0
+    assert summary.status(experiment)["cells"]["running"] == 0
 
 
 def train_here(experiment: Experiment, raised: str = "") -> list[Event]:
@@ -458,7 +460,7 @@ def test_out_of_memory_fewer_runs_are_stacked(
         [f"{what}, {runs} runs together; it is tried again with {runs // 2}." for runs in (8, 4, 2)],
     )
     assert [*dict.fromkeys(stacked)] == [8, 4, 2, 1]
-    assert {row.cause for row in api.rows(experiment)} == {"memory"}
+    assert {row.cause for row in summary.rows(experiment)} == {"memory"}
     assert "out of memory: 4 now complete" in bpf("status", "grid")[1]
     assert_close(experiment, undisturbed, set(FOUR))
 
@@ -487,11 +489,11 @@ def test_out_of_memory_with_one_run_a_cell_fails(
 
 LIMITED = """
 import resource, sys
-from bpf.study import study
+from bpf.study import patience
 from bpf.workers import worker
 from bpf.cli.app import main
 
-worker.FULL_DISK_SECONDS, study.LONGEST_PAUSE = 0.05, 0.2
+worker.FULL_DISK_SECONDS, patience.LONGEST_PAUSE = 0.05, 0.2
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 main(sys.argv[2:])
 """
@@ -504,11 +506,11 @@ def test_a_full_disk_is_waited_out(tmp_path: Path, start: Callable[..., Process]
     arguments = ("worker", "grid", "--device", "cpu", "--checkpoint-every", "0", "--quiet")
     command = start(str(10**6), *arguments, script=LIMITED)
     command.until("The work goes on when there is space.\n")
-    assert api.status(experiment)["cells"]["running"] == 2
+    assert summary.status(experiment)["cells"]["running"] == 2
 
     resource.prlimit(command.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert command.end() == 0, command.text
-    (checkpoint,) = {row.cohort for row in api.rows(experiment)}
+    (checkpoint,) = {row.cohort for row in summary.rows(experiment)}
     assert command.text == (
         f"The disk is full: {tmp_path}/grid/checkpoints/{checkpoint}.pt cannot be written. The work goes on when "
         "there is space.\n"
@@ -525,7 +527,7 @@ def test_a_study_on_a_full_disk_is_waited_out_and_ctrl_c_ends_the_wait(
     for end in (signal.SIGINT, None):
         command = start("32768", "worker", "grid", "--device", "cpu", "--quiet", script=LIMITED)
         command.until("The study database failed: ")
-        assert api.status(experiment)["cells"]["pending"] == 1
+        assert summary.status(experiment)["cells"]["pending"] == 1
         if end is not None:
             command.signal(end)
             assert command.end() == 130, command.text
@@ -537,7 +539,7 @@ def test_a_study_on_a_full_disk_is_waited_out_and_ctrl_c_ends_the_wait(
             resource.prlimit(command.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
             assert command.end() == 0, command.text
             assert len(command.text.splitlines()) == 1, "said once"
-    assert [row.state for row in api.rows(experiment)] == ["complete"]
+    assert [row.state for row in summary.rows(experiment)] == ["complete"]
 
 
 def test_ctrl_c_ends_the_wait_for_a_checkpoint_and_releases(
@@ -564,7 +566,7 @@ def test_ctrl_c_ends_the_wait_for_a_checkpoint_and_releases(
         err,
     )
     assert len(waited) == 3
-    assert [row.state for row in api.rows(experiment)] == ["interrupted"] * 2
+    assert [row.state for row in summary.rows(experiment)] == ["interrupted"] * 2
 
 
 def test_a_database_that_is_gone_for_good_costs_no_epoch(
@@ -580,10 +582,10 @@ def test_a_database_that_is_gone_for_good_costs_no_epoch(
         patch.setattr(Study, "finish", gone)
         told = bpf("worker", "grid", "--device", "cpu", "--quiet")
     assert told == (1, "", "Error: The study database failed: it is gone.\n")
-    assert [row.state for row in api.rows(experiment)] == ["interrupted"]
+    assert [row.state for row in summary.rows(experiment)] == ["interrupted"]
     monkeypatch.setattr("bpf.training.cohort.Cohort.run_epoch", gone)
     assert bpf("worker", "grid", "--device", "cpu", "--quiet") == (0, "", "")
-    assert [row.state for row in api.rows(experiment)] == ["complete"]
+    assert [row.state for row in summary.rows(experiment)] == ["complete"]
 
 
 # Requests to stop
@@ -607,13 +609,13 @@ def test_signals_stop_a_worker_and_a_supervisor_which_release_everything(
         process = start(command, "grid", "--quiet", "--checkpoint-every", "1000", *arguments)
         at_work = 2 if command == "resume" else 1
         eventually(lambda at_work=at_work: len(set(troubled.comers())) == at_work)
-        status = api.status(experiment)
+        status = summary.status(experiment)
         assert (status["cells"]["running"], len(status["workers"])) == (2 * at_work, at_work)
         process.signal(number)
         troubled.does(**{GUILTY: "dawdles"})  # an epoch takes longer than a supervisor needs to pass it on
         assert process.end() == 130, process.text
         assert process.text == f"Stopped, and everything is stored. {go_on[command]}\n"
-        status = api.status(experiment)
+        status = summary.status(experiment)
         assert (status["cells"]["running"], status["workers"]) == (0, [])
         assert status["cells"]["interrupted"] == 2 * at_work
         assert len(list((tmp_path / "grid" / "checkpoints").glob("*.pt"))) == at_work
@@ -640,7 +642,7 @@ def test_a_second_ctrl_c_ends_at_once_what_hangs(
     assert process.end() == 130, process.text
     assert process.text == "Interrupted at once. Nothing finished is lost. Go on with: bpf resume grid\n"
     eventually(lambda: not Path(f"/proc/{pid}").exists())
-    assert [(row.state, row.kills) for row in api.rows(experiment)] == [("interrupted", 0)]
+    assert [(row.state, row.kills) for row in summary.rows(experiment)] == [("interrupted", 0)]
 
 
 def test_a_worker_stops_by_itself_when_its_time_is_up(bpf: Any, tmp_path: Path) -> None:
@@ -652,7 +654,7 @@ def test_a_worker_stops_by_itself_when_its_time_is_up(bpf: Any, tmp_path: Path) 
         "Stopped (0.0001 hours are over), and everything is stored. The cells go on with `bpf resume`, or another "
         "`bpf worker`.\n",
     )
-    assert [row.state for row in api.rows(experiment)] == ["interrupted"]
+    assert [row.state for row in summary.rows(experiment)] == ["interrupted"]
     assert len(list((tmp_path / "grid" / "checkpoints").glob("*.pt"))) == 1
 
 

@@ -42,11 +42,13 @@ from bpf.errors import BpfError, RunError, UsageError
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec.fields import build, json_schema
 from bpf.spec.run import GridSpec, RunSpec, digest
+from bpf.words import counted
 
 if TYPE_CHECKING:
-    from bpf.api import Effort, Outset
-    from bpf.console.tables import LiveProgress
+    from bpf.api import Effort
+    from bpf.console.progress import LiveProgress
     from bpf.experiment.directory import Experiment
+    from bpf.results.summary import Outset
 
     Observer = Callable[[Outset], LiveProgress]
 
@@ -119,7 +121,7 @@ def tune(
     if not (dry_run or plan_only):
         _warm_up()
     from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
     from bpf.experiment import handover
 
     effort = _effort(workers, None, checkpoint_every, max_hours)
@@ -128,13 +130,13 @@ def tune(
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
     directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place)
     if taken is not None and not (quiet or as_json):
-        console.show_taken(taken)
+        tables.show_taken(taken)
     experiment = api.open_tune(directory, grid, data_dir, place)
     planned = api.plan(experiment)
     if as_json and dry_run:
         print_json(planned.as_json() | {"handed_over": taken.as_json() if taken else None})
     elif not as_json and (dry_run or not quiet):
-        console.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
+        tables.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
     if plan_only and not dry_run:
         api.store_plan(experiment, _command())
     elif not dry_run:
@@ -403,9 +405,9 @@ def _command() -> list[str]:
 
 
 def _observer(quiet: bool, verbose: bool) -> "Observer":
-    from bpf.console import tables as console
+    from bpf.console.progress import LiveProgress
 
-    return lambda outset: console.LiveProgress(outset, quiet, verbose)
+    return lambda outset: LiveProgress(outset, quiet, verbose)
 
 
 @contextmanager
@@ -431,29 +433,29 @@ def _effort(workers: str, device: str | None, checkpoint_every: float, max_hours
 
 
 def _show_ranking(experiment: "Experiment", as_json: bool) -> None:
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
     from bpf.experiment.grid import MAX_CELLS
+    from bpf.results import summary
 
-    ranking = api.ranking(experiment, MAX_CELLS if as_json else TOP)
+    ranking = summary.ranking(experiment, MAX_CELLS if as_json else TOP)
     if as_json:
         print_json([entry.as_json(experiment.grid.objective) for entry in ranking.top])
     else:
-        console.show_results(ranking, experiment.grid.objective, experiment.directory)
+        tables.show_results(ranking, experiment.grid.objective, experiment.directory)
     failed = ranking.counts["failed"]
     if failed:
         raise RunError(
-            f"{failed} cell{'s' if failed > 1 else ''} failed: see `bpf status {experiment.directory} --failed`; "
+            f"{counted(failed, 'cell')} failed: see `bpf status {experiment.directory} --failed`; "
             f"`bpf resume {experiment.directory} --retry-failed` tries again."
         )
 
 
 def _show_run(experiment: "Experiment", as_json: bool) -> None:
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
+    from bpf.results import summary
 
-    report = api.train_report(experiment)
-    print_json(report) if as_json else console.show_run(report)
+    report = summary.train_report(experiment)
+    print_json(report) if as_json else tables.show_run(report)
 
 
 def _new(directory: Path) -> Path:

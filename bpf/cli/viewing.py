@@ -35,12 +35,12 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """How far an experiment is (by default the newest in runs/)."""
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
+    from bpf.results import summary
 
     experiment = opened(directory, storage)
     if failed:
-        rows = [row for row in api.rows(experiment) if row.state in ("failed", "diverged")]
+        rows = [row for row in summary.rows(experiment) if row.state in ("failed", "diverged")]
         if as_json:
             print_json(
                 [
@@ -56,11 +56,11 @@ def status(
                 ]
             )
         else:
-            console.show_failures(rows)
+            tables.show_failures(rows)
     elif as_json:
-        print_json(api.status(experiment))
+        print_json(summary.status(experiment))
     else:
-        console.show_status(api.status(experiment))
+        tables.show_status(summary.status(experiment))
 
 
 def best(
@@ -79,8 +79,8 @@ def best(
     as_json: AsJson = False,
 ) -> None:
     """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
+    from bpf.results import summary
 
     experiment = opened(directory, storage)
     if per is not None:
@@ -88,17 +88,17 @@ def best(
     elif as_csv:
         raise UsageError("--csv is for --per; all cells are exported by `bpf export`.")
     elif as_json:
-        print_json([entry.as_json(experiment.grid.objective) for entry in api.best(experiment, top)])
+        print_json([entry.as_json(experiment.grid.objective) for entry in summary.best(experiment, top)])
     else:
-        console.show_results(api.ranking(experiment, top), experiment.grid.objective, experiment.directory)
+        tables.show_results(summary.ranking(experiment, top), experiment.grid.objective, experiment.directory)
 
 
 def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json: bool) -> None:
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
+    from bpf.results import summary
     from bpf.study.ranking import best_columns, best_per
 
-    found = best_per(api.rows(experiment), names)
+    found = best_per(summary.rows(experiment), names)
     columns = best_columns(found, names)
     if as_json:
         print_json(columns)
@@ -109,16 +109,16 @@ def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json:
         writer.writeheader()
         writer.writerows(columns)
     else:
-        console.show_best_per(found, names, api.varying(experiment), experiment.grid.objective)
+        tables.show_best_per(found, names, summary.varying(experiment), experiment.grid.objective)
 
 
 def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
     """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
-    from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
+    from bpf.results import summary
 
-    provenance = api.provenance(opened(directory, storage))
-    print_json(provenance) if as_json else console.show_provenance(provenance)
+    provenance = summary.provenance(opened(directory, storage))
+    print_json(provenance) if as_json else tables.show_provenance(provenance)
 
 
 def clean(
@@ -135,10 +135,10 @@ def clean(
     Results, histories, the best model of each rule, and checkpoints of cells that go on are never touched.
     """
     from bpf import api
-    from bpf.console import tables as console
+    from bpf.console import tables
 
     removed = api.clean(opened(directory, storage), checkpoints, dry_run)
-    print_json(removed) if as_json else console.show_cleaned(removed, dry_run)
+    print_json(removed) if as_json else tables.show_cleaned(removed, dry_run)
 
 
 def export(
@@ -190,7 +190,7 @@ def export(
         return
     if output is None and format_ == "parquet":
         raise UsageError("--format parquet is not for a terminal: give --output FILE.")
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         table = exporting.table(study, what)
         if what == "trackers" and not any("/" in name for name in table.columns):
             why = " yet" if experiment.grid.trackers else ": it has no trackers (`bpf tune --tracker NAME`)"
@@ -323,11 +323,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss, error and confusion matrix of a saved model: the network of one of a cell's executions."""
-    from bpf.console import tables as console
+    from bpf.console import tables
     from bpf.results.evaluation import evaluate
 
     scores = evaluate(model, dataset, data_dir, part, image_size)
-    print_json(scores) if as_json else console.show_scores(scores)
+    print_json(scores) if as_json else tables.show_scores(scores)
 
 
 def predict(
@@ -345,11 +345,11 @@ def predict(
     Images of another size are scaled to the model's, keeping their proportions, on black; coloured ones become grey
     for a model of grey images, and grey ones coloured for one of coloured images.
     """
-    from bpf.console import tables as console
+    from bpf.console import tables
     from bpf.results.evaluation import predict
 
     found = predict(model, images, top, output, lambda line: typer.echo(line, err=True))
-    print_json(found) if as_json else console.show_predictions(found)
+    print_json(found) if as_json else tables.show_predictions(found)
 
 
 def onnx(model: Model, output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="FILE")]) -> None:

@@ -1,176 +1,22 @@
-"""What a person sees: the plan, live progress, and tables. Only this module and `cli.py` print."""
+"""The tables and texts that commands print."""
 
-import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
+from bpf.console.screen import out, say
 from bpf.experiment.grid import Grid
 from bpf.study.plan import Row
-from bpf.study.ranking import Ranked, Spread, tracking_share
-from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Trained, Trouble
+from bpf.study.ranking import Ranked, tracking_share
+from bpf.words import counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
-    from bpf.api import Outset, Ranking
     from bpf.experiment.handover import Taken
-
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
-
-SECONDS_BETWEEN_LINES = 5.0
-SHOWN_RULES = 5
-MARKS = "▁▂▃▄▅▆▇█"
-SHORT = {"batch_norm": "bn", "bw_init": "feedback", "activation": "act"}
-
-
-class LiveProgress:
-    """Shows how an experiment goes on: live bars in a terminal, a line every few seconds elsewhere.
-
-    Called with the number of a worker and what happened there. The time left is the measured speed of this session
-    applied to the work that is left.
-    """
-
-    def __init__(self, outset: "Outset", quiet: bool = False, verbose: bool = False) -> None:
-        self._outset, self._quiet, self._verbose = outset, quiet, verbose
-        self._left, self._spent = outset.cost, 0.0
-        self._ended = outset.total - outset.open
-        self._best = dict(outset.best)
-        self._curves: dict[int, list[float]] = {}
-        self._at_work: dict[int, Began] = {}
-        self._shares: dict[int, float] = {}
-        self._states: Counter[str] = Counter()
-        self._start = self._spoke = time.monotonic()
-        self._trouble = ""
-        self._plain = not err.is_terminal or err.is_dumb_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-            console=err,
-            expand=True,
-        )
-        self._cells = self._progress.add_task("cells", total=outset.total, completed=self._ended, note="")
-        self._tasks: dict[int, TaskID] = {}
-        self._leaders = Text(self._told_best(SHOWN_RULES), no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._progress, self._leaders), console=err, transient=True)
-
-    def __enter__(self) -> "LiveProgress":
-        if not self._quiet and not self._outset.open:
-            err.print("Nothing is left to train.")
-        elif not self._quiet and not self._plain:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._live.stop()
-
-    def __call__(self, worker: int, event: Event) -> None:
-        if isinstance(event, Began):
-            self._began(worker, event)
-        elif isinstance(event, Trained):
-            self._trained(worker, event)
-        elif isinstance(event, Ended):
-            self._cell_ended(worker, event)
-        elif isinstance(event, Trouble):
-            self._warn(event.text)
-        elif isinstance(event, GivenUp | Left):
-            self._rest(worker)
-        self._progress.update(self._cells, completed=self._ended, note=", ".join(self._how_far()))
-        self._leaders.plain = self._told_best(SHOWN_RULES)
-
-    def _began(self, worker: int, event: Began) -> None:
-        self._rest(worker)
-        self._at_work[worker], self._curves[worker] = event, []
-        if worker not in self._tasks:
-            self._tasks[worker] = self._progress.add_task(f"worker {worker}", total=None, note="")
-        self._progress.update(
-            self._tasks[worker], total=event.epochs, completed=event.epoch, note=_cohort(event), visible=True
-        )
-
-    def _trained(self, worker: int, event: Trained) -> None:
-        began = self._at_work[worker]
-        share = (event.epoch - began.epoch) / max(1, began.epochs - began.epoch) * began.cost
-        self._spent += share - self._shares.get(worker, 0.0)
-        self._shares[worker] = share
-        curve = self._curves.setdefault(worker, [])
-        curve += [event.objective] if event.objective is not None else []
-        note = " ".join(filter(None, (_cohort(began), sparkline(curve), f"{event.speed:,.0f} examples/s")))
-        self._progress.update(self._tasks[worker], completed=event.epoch, note=note)
-        if not self._quiet and self._plain and time.monotonic() - self._spoke > 30:  # a long cohort
-            self._say(f"{_cohort(began)}: epoch {event.epoch} of {began.epochs}")
-
-    def _cell_ended(self, worker: int, event: Ended) -> None:
-        self._ended += 1
-        self._left -= event.cost
-        self._shares[worker] = max(0.0, self._shares.get(worker, 0.0) - event.cost)
-        self._states[event.state] += 1
-        if event.value is not None:
-            self._best[event.rule] = min(event.value, self._best.get(event.rule, event.value))
-        due = time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or self._ended == self._outset.total
-        if self._verbose or (due and not self._quiet and self._plain):
-            shown = f"{self._outset.objective} {number(event.value)}" if event.value is not None else event.state
-            varying = {name: value for name, value in event.params.items() if name in self._outset.varying}
-            what = " ".join(filter(None, (event.rule, describe(varying))))
-            self._say(f"{self._ended}/{self._outset.total} {event.name}: {what}: {shown}")
-
-    def _rest(self, worker: int) -> None:
-        """The worker has no cohort any more: what it did is done, or will be done again."""
-        self._shares.pop(worker, None)
-        self._at_work.pop(worker, None)
-        if worker in self._tasks:
-            self._progress.update(self._tasks[worker], visible=False)
-
-    def _warn(self, text: str) -> None:
-        """Each trouble once, however often it is told in a row."""
-        if text != self._trouble:
-            self._trouble = text
-            err.print(text, style="yellow", soft_wrap=True, markup=False)
-
-    def _say(self, text: str) -> None:
-        self._spoke = time.monotonic()
-        note = ", ".join(filter(None, (*self._how_far(), self._told_best(1))))
-        err.print(f"{text} ({note})", soft_wrap=True, markup=False)
-
-    def _how_far(self) -> list[str]:
-        parts = []
-        left = self._left - sum(self._shares.values())
-        if self._spent and self._ended < self._outset.total:
-            parts.append(f"{duration(max(0.0, left) / self._spent * (time.monotonic() - self._start))} left")
-        return parts + [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
-
-    def _told_best(self, rules: int) -> str:
-        """The best values so far of so many rules."""
-        ranked = sorted(self._best.items(), key=lambda pair: pair[1])
-        told = [f"{number(value)} by {rule}" for rule, value in ranked[:rules]]
-        return f"best {self._outset.objective} {', '.join(told)}" if told else ""
-
-
-def _cohort(event: Began) -> str:
-    return f"{event.rule} {event.arch} {event.activation}, {counted(event.cells, 'cell')}"
-
-
-def sparkline(values: Sequence[float], width: int = 8) -> str:
-    """A small curve, such as `█▅▃▂▁`, of the whole series: each mark is the last value of its part."""
-    if len(values) < 2:
-        return ""
-    count = min(width, len(values))
-    shown = [values[(i + 1) * len(values) // count - 1] for i in range(count)]
-    low, high = min(shown), max(shown)
-    return "".join(MARKS[round((value - low) / ((high - low) or 1) * (len(MARKS) - 1))] for value in shown)
-
-
-def say(text: str) -> None:
-    """A line that is never broken: what reads it may not be as wide as a terminal."""
-    out.print(text, markup=False, soft_wrap=True)
+    from bpf.results.summary import Ranking
 
 
 def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path) -> None:
@@ -252,48 +98,6 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
             describe({name: value for name, value in entry.row.chosen.items() if not names or name in names}),
         )
     return table
-
-
-def describe(params: dict[str, Any]) -> str:
-    """Parameters in one line, such as `arch=500 bn=yes lr=0.01`."""
-    return " ".join(f"{SHORT.get(name, name)}={word(value)}" for name, value in params.items())
-
-
-def plus_minus(name: str, spread: Spread) -> str:
-    """`0.123 ± 0.004`; errors are shown in percent."""
-    is_error = name.endswith("error")
-    scale, digits = (100, ".2f") if is_error else (1, ".4f" if 0.001 <= abs(spread.mean) < 1e5 else ".1e")
-    deviation = f" ± {spread.std * scale:{digits}}" if spread.std is not None else ""
-    return f"{spread.mean * scale:{digits}}{deviation}{' %' if is_error else ''}"
-
-
-def word(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def show_status(status: dict[str, Any]) -> None:

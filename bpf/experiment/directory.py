@@ -24,10 +24,11 @@ from bpf.spec.fields import build
 from bpf.spec.run import TUNABLE, GridSpec
 from bpf.study.database import Database
 from bpf.study.plan import Cell, Row
-from bpf.study.study import Study, ran_to_the_end
+from bpf.study.view import StudyView
 
 if TYPE_CHECKING:
     from bpf.algorithms import Algorithm
+    from bpf.study.study import Study
     from bpf.trackers import Tracker
 
 FORMAT = 2
@@ -92,8 +93,19 @@ class Experiment:
     def trackers(self) -> "dict[str, Tracker]":
         return load_trackers(self.grid.trackers)
 
-    def open_study(self, reading: bool = False) -> Study:
-        """The study; raises UsageError if there is none that can be read."""
+    def open_study(self) -> "Study":
+        """The study, for training; raises UsageError if there is none that can be read."""
+        from bpf.study.study import Study
+
+        self._check_planned()
+        return Study.open(self.database, self.name)
+
+    def read_study(self) -> StudyView:
+        """The study, for reading; raises UsageError if there is none that can be read."""
+        self._check_planned()
+        return StudyView.open(self.database, self.name)
+
+    def _check_planned(self) -> None:
         if self.database.missing() and not self._has_trained():
             raise UsageError(
                 f"Nothing is planned in {self.directory} yet, as its start was cut short. "
@@ -104,7 +116,6 @@ class Experiment:
                 f"{self.database} is missing, and with it the results of {self.directory}. "
                 "Put it back, or start anew in another directory."
             )
-        return Study.open(self.database, self.name, reading)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -124,7 +135,7 @@ class Experiment:
         finally:
             lock.release()
 
-    def plan(self) -> tuple[Study, Grid]:
+    def plan(self) -> "tuple[Study, Grid]":
         """The study with every cell of the grid in it; what is there already stays as it is."""
         grid = expand(self.grid, self.rules())
         study = self._create_study() if self.is_unplanned() else self.open_study()
@@ -153,7 +164,7 @@ class Experiment:
             "keep_checkpoints": self.keep_checkpoints,
         }
 
-    def _longer(self, study: Study, before: GridSpec, grid: Grid) -> dict[str, Cell]:
+    def _longer(self, study: StudyView, before: GridSpec, grid: Grid) -> dict[str, Cell]:
         """What the planned cells become when there are more epochs than before, by their old key.
 
         Raises UsageError if that would not be the same computation.
@@ -163,7 +174,7 @@ class Experiment:
         grown = f"epochs can grow from {before.epochs} to {self.grid.epochs} only"
         if before.executions_per_trial != self.grid.executions_per_trial:
             raise UsageError(f"{grown} on their own, not together with executions_per_trial. Do one after the other.")
-        complete = [row for row in study.rows() if row.state == "complete" and ran_to_the_end(row)]
+        complete = [row for row in study.rows() if row.state == "complete" and row.ran_to_the_end]
         lost = [row for row in complete if not self._can_go_on(row)]
         if lost:
             raise UsageError(
@@ -181,9 +192,11 @@ class Experiment:
     def is_unplanned(self) -> bool:
         if self.database.missing():
             return not self._has_trained()
-        return not self.is_here and not Study.exists(self.database, self.name)
+        return not self.is_here and not StudyView.exists(self.database, self.name)
 
-    def _create_study(self) -> Study:
+    def _create_study(self) -> "Study":
+        from bpf.study.study import Study
+
         if not self.is_here:
             return Study.create(self.database, self.name, self._settings())
         # Made beside its place, so that a crash or a full disk leaves none rather than half of one.

@@ -21,6 +21,7 @@ from bpf.spec.fields import build
 from bpf.spec.run import TUNABLE, GridSpec, Rate, Settings
 from bpf.study.plan import OPEN, Row, Value
 from bpf.study.ranking import Spread, rank
+from bpf.words import counted
 
 OBJECTIVES = ("loss", "error")
 """What learning rates are found with."""
@@ -54,7 +55,7 @@ class Handed:
     def reason(self) -> str:
         """Why there is no learning rate; if there is one, what became of other cells that are not complete."""
         count = sum(self.states.values())
-        cells = f"{count} cell{'s' if count != 1 else ''}"
+        cells = counted(count, "cell")
         lost = ", ".join(f"{self.states[state]} {state}" for state in ("diverged", "failed") if self.states.get(state))
         if not count:
             return "not trained there"
@@ -98,7 +99,7 @@ class Taken:
         """What was taken, what was not and why, for a person. Parameters that never vary are not named."""
         names = _varying(self.setups)
         count = len(self.handed)
-        yield f"{count} learning rate{'s' if count != 1 else ''} from {self.source}:"
+        yield f"{counted(count, 'learning rate')} from {self.source}:"
         for one in self.handed:
             assert one.objective is not None
             yield f"  {_named(one, names)} lr={one.lr:g} ({_scored(self.objective, one)})"
@@ -171,7 +172,7 @@ def rates(experiment: Experiment) -> list[Handed]:
             f"{experiment.directory} has the objective {objective}: learning rates are taken from an experiment with "
             "objective loss or error."
         )
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         rows = study.rows()
     grouped: dict[tuple[str, frozenset[Any]], list[Row]] = {}
     for row in rows:

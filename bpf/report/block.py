@@ -112,7 +112,7 @@ def block(
     name: str, experiment: Experiment, palette: Palette | None = None, maps: Sequence[tuple[str, str]] = ()
 ) -> Block:
     """Read an experiment: all of its cells, and the histories of each rule's best one."""
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         shown = study.varying()
         rows = study.rows()
         ranked = rank(rows)

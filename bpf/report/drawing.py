@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf.console import tables as console
 from bpf.extras import need
 from bpf.files import write_atomically
 from bpf.report.tables import Band
+from bpf.words import word as plain_word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -270,7 +270,7 @@ def whole_numbers(axes: "Axes") -> None:
 
 def word(value: Any) -> str:
     """A parameter's value as in the tables, but for `1e-5` in place of `1e-05`."""
-    return _brief(console.word(value))
+    return _brief(plain_word(value))
 
 
 def short(value: float, zeros: bool = False) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from bpf import api
-from bpf.console.tables import counted, describe, duration, percent, plus_minus, word
 from bpf.errors import BpfError
 from bpf.experiment.grid import expand
 from bpf.report import comparing, tables
 from bpf.report.block import SCORES, Block, Section, Table
+from bpf.results import summary
 from bpf.study.ranking import Ranked
+from bpf.words import counted, describe, duration, percent, plus_minus, word
 
 TOP = 15
 
@@ -182,7 +182,7 @@ def _memory(block: Block) -> Iterator[Table]:
 
 
 def provenance(block: Block) -> Section:
-    known = api.provenance(block.experiment)
+    known = summary.provenance(block.experiment)
     facts = [[name.replace("_", " "), str(known[name])] for name in ("experiment", "created", "storage", "data_dir")]
     lines = []
     for session in known["sessions"]:

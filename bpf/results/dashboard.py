@@ -35,7 +35,7 @@ def serve(experiment: Experiment, port: int = PORT, ready: Callable[[str], objec
     from bpf.study.trials import check_optuna, viewed
 
     check_optuna()
-    with closing(experiment.open_study(reading=True)):
+    with closing(experiment.read_study()):
         pass  # it can be read
     application = dashboard.wsgi(viewed(experiment.database))
     try:

@@ -25,7 +25,7 @@ from bpf.extras import need
 from bpf.files import check_output, check_place, write_atomically
 from bpf.study.plan import Row
 from bpf.study.ranking import result_columns
-from bpf.study.study import Study
+from bpf.study.view import StudyView
 
 ROW_GROUP = 50_000
 """Rows of a Parquet file that are written, and can be read, on their own."""
@@ -64,7 +64,7 @@ class Table:
             yield {name: typed(record.get(name), kind) for name, kind in columns}
 
 
-def table(study: Study, what: str) -> Table:
+def table(study: StudyView, what: str) -> Table:
     """One of the tables of an experiment, with a column for each parameter of any of its rules.
 
     - `results`: a record per cell. `objective_name` is the score whose mean over the executions `objective` is, and
@@ -127,7 +127,7 @@ def metrics(experiment: Experiment, directory: Path) -> list[Path]:
     """
     check_place(directory)
     paths = []
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         places = {rule: directory / f"{file_name(rule)}.parquet" for rule in _rules(study)}
         for path in places.values():
             check_table(path)
@@ -144,7 +144,7 @@ def file_name(rule: str) -> str:
     return re.sub(r"[^\w.-]", "_", rule)
 
 
-def parameters(study: Study, rules: Sequence[str]) -> Columns:
+def parameters(study: StudyView, rules: Sequence[str]) -> Columns:
     """The parameters of the rules with the type that suits all of their values, in the order of the first rule.
 
     Last a learning rate that was handed over.
@@ -186,7 +186,7 @@ def measurements(record: Mapping[str, Any]) -> Iterator[Record]:
         yield _at(tracked, moment)
 
 
-def _results(study: Study) -> Table:
+def _results(study: StudyView) -> Table:
     rules = _rules(study)
     name = study.settings["spec"]["objective"]
     records = (
@@ -204,21 +204,21 @@ def _best_epoch(row: Row) -> float | None:
     return float(statistics.median(execution["best_epoch"] for execution in row.result["executions"]))
 
 
-def _history(study: Study) -> Table:
+def _history(study: StudyView) -> Table:
     runs = _Runs(study, _rules(study))
     named = {name: float for name in runs.names() if "/" not in name}
     columns = runs.columns | _RUN | {"status": str, "epoch": int} | named
     return Table(columns, (run | epoch for run, record in runs for epoch in scores(record)))
 
 
-def _trackers(study: Study) -> Table:
+def _trackers(study: StudyView) -> Table:
     runs = _Runs(study, _rules(study))
     named = {name: float for name in runs.names() if "/" in name}
     columns = runs.columns | _RUN | {"step": int, "epoch": float} | named
     return Table(columns, (run | moment for run, record in runs for moment in measurements(record)))
 
 
-def _metrics(study: Study, rule: str) -> Table | None:
+def _metrics(study: StudyView, rule: str) -> Table | None:
     """The table of one rule, or None if it has trained nothing."""
     runs = _Runs(study, [rule])
     named = dict.fromkeys(runs.names(), float)
@@ -242,7 +242,7 @@ class _Runs:
     The first iteration decides which cells those are; the next ones leave out what has been trained meanwhile.
     """
 
-    def __init__(self, study: Study, rules: Sequence[str]) -> None:
+    def __init__(self, study: StudyView, rules: Sequence[str]) -> None:
         self.columns = _CELL | parameters(study, rules)
         self.known: set[str] | None = None
         self._study, self._rules = study, rules
@@ -274,7 +274,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _rules(study: Study) -> list[str]:
+def _rules(study: StudyView) -> list[str]:
     rules: list[str] = study.settings["spec"]["algorithm"]
     return rules
 
@@ -319,7 +319,7 @@ def _write_parquet(table: Table, file: IO[bytes]) -> None:
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
-TABLES: dict[str, Callable[[Study], Table]] = {"results": _results, "history": _history, "trackers": _trackers}
+TABLES: dict[str, Callable[[StudyView], Table]] = {"results": _results, "history": _history, "trackers": _trackers}
 FORMATS: dict[str, Callable[[Table, IO[bytes]], None]] = {
     "csv": _write_csv,
     "json": _write_json,

@@ -102,7 +102,7 @@ def summarize(experiment: Experiment, event: str, seconds: float, message: str =
     """
     cells: dict[str, int] = {}
     best: dict[str, Any] = {}
-    with suppress(BpfError), closing(experiment.open_study(reading=True)) as study:
+    with suppress(BpfError), closing(experiment.read_study()) as study:
         cells = study.counts()
         leaders = [row for rule in study.rules() for row in study.leaders(rule, 1)]
         best = {entry.row.rule: entry.as_json(experiment.grid.objective) for entry in rank(leaders)}

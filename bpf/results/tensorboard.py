@@ -47,7 +47,7 @@ def write(experiment: Experiment, directory: Path) -> int:
     """
     events = _Events(datetime.fromisoformat(experiment.created).timestamp())
     written = 0
-    with closing(experiment.open_study(reading=True)) as study:
+    with closing(experiment.read_study()) as study:
         rules = study.settings["spec"]["algorithm"]
         columns: Columns = {"algorithm": str, **parameters(study, rules)}
         several = study.varying() | ({"algorithm"} if len(rules) > 1 else set())

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from bpf.errors import UsageError
 from bpf.study.names import fresh_names
-from bpf.study.schema import cells, histories
+from bpf.study.schema import cells, histories, rules
 
 STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
 OPEN = ("pending", "interrupted", "running")
@@ -80,6 +80,12 @@ class Row(Cell):
     def done(self) -> int:
         """How many executions are finished."""
         return len(self.result["executions"]) if self.result and "executions" in self.result else 0
+
+    @property
+    def ran_to_the_end(self) -> bool:
+        """Whether any execution of a finished cell ended because its epochs were over, and not earlier."""
+        executions = (self.result or {}).get("executions", [])
+        return any(execution["epochs"] >= self.spec["epochs"] for execution in executions)
 
     @property
     def added(self) -> bool:
@@ -165,6 +171,17 @@ def _union(old: Sequence[Value], new: Sequence[Value]) -> list[Value]:
 
 _ROW_NAMES = [field.name for field in fields(Row)]
 _ROW_COLUMNS = [cells.c[name] for name in _ROW_NAMES]
+
+
+def study_name(experiment: str, rule: str) -> str:
+    """The name of the Optuna study that holds the trials of a rule."""
+    return f"{experiment}/{rule}"
+
+
+def axes(connection: sa.Connection, experiment: str) -> dict[str, tuple[int, list[Axis]]]:
+    """The rules that are planned, each with the id of its Optuna study and its parameters."""
+    stored = connection.execute(sa.select(rules).where(rules.c.experiment == experiment))
+    return {record.rule: (record.study_id, [Axis(**axis) for axis in record.axes]) for record in stored}
 
 
 def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:

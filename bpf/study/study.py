@@ -8,92 +8,39 @@ Each step (claim, finish, ...) writes our rows and Optuna's in **one** transacti
 moment leaves either both or neither. A failure that time mends is waited out, and the whole step done again.
 """
 
-import itertools
 import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Self
 
 import sqlalchemy as sa
 
-from bpf.errors import BpfError, RunError, UsageError, did_you_mean
+from bpf.errors import RunError
 from bpf.study import owner as owners
 from bpf.study import plan, schema
-from bpf.study.database import Database, LostConnection, cause, disk_is_full, passes
+from bpf.study.database import Database, LostConnection
+from bpf.study.growth import Growth
 from bpf.study.owner import Owner
-from bpf.study.plan import Axis, Cell, Claim, Row, Tally, Value
-
-if TYPE_CHECKING:
-    from bpf.study.trials import Trials
-
-__all__ = ["Axis", "Cell", "Claim", "Fenced", "Owner", "Row", "Study", "Tally", "Value"]
-
-PATIENCE_SECONDS = 600.0
-"""How long a worker waits for a database that is away. It waits for a full disk as long as it takes."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from bpf.study.patience import explained, failing, patient
+from bpf.study.plan import Axis, Cell, Claim, Row
+from bpf.study.trials import Trials, check_optuna
+from bpf.study.view import StudyView, locks_of, read_settings
 
 
 class Fenced(RunError):
     """The cell belongs to another process by now; the outcome was not stored."""
 
 
-class _Passing(RunError):
-    """A failure of the database that time mends."""
+class Study(StudyView):
+    """One experiment's cells, to be planned and trained. Each process opens its own."""
 
-    full = False
-
-
-def _patient(step: "Callable[Concatenate[Study, P], R]") -> "Callable[Concatenate[Study, P], R]":
-    """Do a step again, as long as the study has patience, when the database fails in a way that passes."""
-
-    @wraps(step)
-    def patiently(self: "Study", *args: P.args, **kwargs: P.kwargs) -> R:
-        began, pause = time.monotonic(), FIRST_PAUSE
-        self._uncertain = False
-        while True:
-            try:
-                return step(self, *args, **kwargs)
-            except _Passing as failure:
-                self._uncertain, self._failed_at = True, time.monotonic()
-                if not self.patience or (not failure.full and time.monotonic() - began > self.patience):
-                    raise RunError(str(failure)) from failure
-                self.on_wait(str(failure))
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    return cast("Callable[Concatenate[Study, P], R]", patiently)
-
-
-class Study:
-    """One experiment's cells. Each process opens its own; the threads of one process may share it.
-
-    `locks` is the directory of this machine's owners' lock files: beside an SQLite file, otherwise in the temporary
-    directory. `patience` is how many seconds to wait for a database that fails in a way that passes; `on_wait` is
-    told each time what the matter is, and may raise to give up.
-    """
-
-    def __init__(self, database: Database, experiment: str, settings: dict[str, Any], trials: "Trials | None") -> None:
-        self.database = database
-        self.experiment = experiment
-        self.settings = settings
-        self.locks = _locks(database)
-        self.patience = 0.0
-        self.on_wait: Callable[[str], object] = lambda reason: None
-        self._engine = database.connect(reading=trials is None)
-        self._trials = trials
-        self._lock = threading.Lock()
-        self._uncertain = False
-        self._failed_at = -math.inf
+    def __init__(self, database: Database, experiment: str, settings: dict[str, Any], trials: Trials) -> None:
+        super().__init__(database, experiment, settings, database.connect())
+        self._optuna = trials
 
     @classmethod
     def create(cls, where: str | Path | Database, experiment: str, settings: dict[str, Any]) -> Self:
@@ -101,13 +48,11 @@ class Study:
 
         Raises `UsageError` if the experiment exists, or if there can be no such database.
         """
-        from bpf.study.trials import Trials, check_optuna
-
         check_optuna()
         database = Database.at(where)
-        with _explained(database):
+        with explained(database):
             database.prepare()
-            with database.alone(_locks(database)):
+            with database.alone(locks_of(database)):
                 trials = Trials(database, create=True)
                 study = cls(database, experiment, settings, trials)
         try:
@@ -121,39 +66,15 @@ class Study:
         return study
 
     @classmethod
-    def open(cls, where: str | Path | Database, experiment: str | None = None, reading: bool = False) -> Self:
-        """The experiment in the database at `where`; its name may be left out if there is only one.
-
-        For `reading` no Optuna is needed and nothing is written. Raises `UsageError` if it is not a study
-        database, is one of another version, or has no such experiment.
-        """
+    def open(cls, where: str | Path | Database, experiment: str | None = None) -> Self:
+        """As `StudyView.open`, for writing. Raises UsageError also for an Optuna that bpf cannot work with."""
         database = Database.at(where)
-        trials = None
-        if not reading:
-            from bpf.study.trials import Trials, check_optuna
+        check_optuna()
+        name, settings = read_settings(database, experiment, reading=False)
+        with explained(database):
+            return cls(database, name, settings, Trials(database))
 
-            check_optuna()
-        if database.missing():
-            raise UsageError(f"There is no study database {database}.")
-        with _explained(database):
-            name, settings = _opened(database, experiment, reading)
-            if not reading:
-                trials = Trials(database)
-            return cls(database, name, settings, trials)
-
-    @classmethod
-    def exists(cls, where: str | Path | Database, experiment: str) -> bool:
-        """Whether a database holds an experiment of this name. Raises `UsageError` if it cannot be read."""
-        database = Database.at(where)
-        with _explained(database):
-            engine = database.connect(reading=True)
-            try:
-                with engine.connect().execution_options(bpf_reading=True) as connection:
-                    return schema.holds(connection, experiment)
-            finally:
-                engine.dispose()
-
-    @_patient
+    @patient
     def plan(
         self,
         axes: Mapping[str, Sequence[Axis]],
@@ -171,22 +92,23 @@ class Study:
         """
         cells = list(cells)
         with self._transaction() as connection:
+            growth = Growth(connection, self.experiment, self._optuna)
             for rule, wanted in axes.items():
-                self._extend(connection, rule, wanted)
+                growth.extend(rule, wanted)
             if reopened:
-                self._lengthen(connection, reopened)
+                growth.lengthen(reopened)
             if executions:
-                self._add_executions(connection, executions)
+                growth.add_executions(executions)
             new = plan.insert(connection, self.experiment, cells)
             for rule in {cell.rule for cell in cells} | set(axes):
-                self._check_full(connection, rule)
+                growth.check_full(rule)
             if settings is not None:
                 mine = schema.experiments.c.name == self.experiment
                 connection.execute(sa.update(schema.experiments).where(mine).values(settings=settings))
         self.settings = self.settings if settings is None else settings
         return new
 
-    @_patient
+    @patient
     def claim(self, owner: Owner, size: Callable[[Row], int]) -> Claim | None:
         """Cells to train: an interrupted cohort, or else up to `size(first pending cell)` of its structure.
 
@@ -194,7 +116,7 @@ class Study:
         """
         with self._transaction() as connection:
             owners.enroll(connection, self.experiment, owner)
-            mine = plan.rows(connection, self.experiment, owner=owner.token, state="running") if self._uncertain else []
+            mine = plan.rows(connection, self.experiment, owner=owner.token, state="running") if self.uncertain else []
             if mine:  # claimed before, but the answer was lost
                 return Claim(owner.token, mine[0].cohort or "", mine)
             self._bury(connection)
@@ -202,13 +124,13 @@ class Study:
             if not rows:
                 return None
             cohort = rows[0].cohort or plan.cohort_id(rows)
-            stored = self._stored(connection)
+            stored = plan.axes(connection, self.experiment)
             begun = [
                 self._begin(connection, replace(row, cohort=cohort), owner.token, *stored[row.rule]) for row in rows
             ]
         return Claim(owner.token, cohort, begun)
 
-    @_patient
+    @patient
     def progressed(self, claim: Claim, epoch: int) -> None:
         """Note that a cohort that goes on has a checkpoint of `epoch`: deaths before it are forgiven."""
         with self._transaction() as connection:
@@ -217,7 +139,7 @@ class Study:
                     owned = {"key": row.key, "owner": claim.token, "state": "running"}
                     plan.update(connection, self.experiment, owned, reached=epoch, kills=0)
 
-    @_patient
+    @patient
     def release(self, claim: Claim, *, max_runs: int | None = None, cause: str | None = None) -> int:
         """Give back what is unfinished of a claim; returns how many cells that are.
 
@@ -232,7 +154,7 @@ class Study:
         with self._transaction() as connection:
             return plan.update(connection, self.experiment, left, owner=None, **change)
 
-    @_patient
+    @patient
     def finish(
         self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any], history: Any = None
     ) -> None:
@@ -254,7 +176,7 @@ class Study:
                     plan.keep_history(connection, self.experiment, key, history)
                 self._optuna.end(row.trial_id, state, value, result=result)
 
-    @_patient
+    @patient
     def fail(self, claim: Claim, key: str, error: str, cause: str = "exception") -> None:
         """Store that a cell failed: with the text of its traceback, or out of memory. Fenced like `finish`."""
         with self._transaction() as connection:
@@ -262,7 +184,7 @@ class Study:
             if row is not None and row.trial_id is not None:
                 self._optuna.end(row.trial_id, "failed", None, error=error, cause=cause)
 
-    @_patient
+    @patient
     def retry_failed(self) -> int:
         """Make the failed cells pending again; returns how many there were.
 
@@ -277,7 +199,7 @@ class Study:
                 plan.update(connection, self.experiment, {"key": row.key}, state="pending", name=name, **blank)
         return len(failed)
 
-    @_patient
+    @patient
     def repair(self, blame: bool = True) -> int:
         """Clear up after dead processes; returns how many cells they left.
 
@@ -307,7 +229,7 @@ class Study:
                         if owners.is_retired(connection, self.experiment, owner):
                             lost.set()
                 except (sa.exc.DBAPIError, LostConnection):  # it comes back, or the lease runs out
-                    self._failed_at = time.monotonic()
+                    self.failed_at = time.monotonic()
 
         thread = threading.Thread(target=renew, name="bpf-lease", daemon=True)
         thread.start()
@@ -317,184 +239,19 @@ class Study:
             stop.set()
             thread.join()
 
-    @_patient
+    @patient
     def retire(self, owner: Owner) -> None:
         """Note that an owner ends its work; what it has not released counts as interrupted from here on."""
         with self._transaction() as connection:
             owners.retire(connection, self.experiment, owner.token)
 
-    @_patient
-    def counts(self, rule: str | None = None) -> dict[str, int]:
-        """How many cells are in each state. Only cells whose owner is alive count as running."""
-        counted = dict.fromkeys(plan.STATES, 0)
-        for tally in self.tally():
-            if rule in (None, tally.rule):
-                counted[tally.state] += tally.count
-        return counted
-
-    @_patient
-    def tally(self) -> list[Tally]:
-        """The cells by rule, state and cause. Those whose owner has died count as interrupted."""
-        with self._reading() as connection:
-            return plan.tally(connection, self.experiment, self._dead(connection))
-
-    @_patient
-    def rows(self, state: str | None = None, rule: str | None = None) -> list[Row]:
-        """The cells in plan order. It reads all of them: for reports, not for polling."""
-        with self._reading() as connection:
-            rows = plan.rows(connection, self.experiment, rule=rule)
-            dead = self._dead(connection) if any(row.state == "running" for row in rows) else ()
-        rows = [replace(r, state="interrupted") if r.state == "running" and r.owner in dead else r for r in rows]
-        return [row for row in rows if state in (None, row.state)]
-
-    @_patient
-    def best(self, rule: str) -> tuple[str, float] | None:
-        """The key and value of the best complete cell of a rule."""
-        with self._reading() as connection:
-            return plan.best(connection, self.experiment, rule)
-
-    @_patient
-    def leaders(self, rule: str, limit: int) -> list[Row]:
-        """The best complete cells of a rule, best first. It reads only these."""
-        with self._reading() as connection:
-            return plan.leaders(connection, self.experiment, rule, limit)
-
-    @_patient
-    def finished(self, keys: Iterable[str]) -> set[str]:
-        """Which of the cells will not be trained any more."""
-        with self._reading() as connection:
-            return plan.finished(connection, self.experiment, list(keys))
-
-    @_patient
-    def history(self, key: str) -> Any:
-        """What `finish` was given as the history of a cell, or None."""
-        with self._reading() as connection:
-            return plan.history(connection, self.experiment, key)
-
-    @_patient
-    def workers(self) -> list[dict[str, Any]]:
-        """Who works on the experiment now: `token`, `pid`, `machine`, `facts`, `began`."""
-        with self._reading() as connection:
-            return owners.living(connection, self.experiment, self.locks if self.database.path else None)
-
-    @_patient
-    def rules(self) -> list[str]:
-        """The learning rules that are planned."""
-        with self._reading() as connection:
-            return list(self._stored(connection))
-
-    @_patient
-    def axes(self, rule: str) -> list[Axis]:
-        """The parameters of a rule, with every value that was ever planned."""
-        with self._reading() as connection:
-            stored = self._stored(connection)
-        if rule not in stored:
-            raise UsageError(f"No learning rule {rule!r} in {self.experiment!r}." + did_you_mean(rule, stored))
-        return stored[rule][1]
-
-    def varying(self) -> frozenset[str]:
-        """The parameters with more than one value: what never changes says nothing in a table."""
-        names = {axis.name for rule in self.rules() for axis in self.axes(rule) if len(axis.values) > 1}
-        return frozenset(names | ({"lr"} if self.settings["spec"].get("lr_from") else set()))
-
-    def search_space(self, rule: str) -> dict[str, list[Value]]:
-        """What `optuna.samplers.GridSampler` needs to read the rule's Optuna study as its own grid."""
-        return {axis.name: list(axis.values) for axis in self.axes(rule)}
-
-    def study_name(self, rule: str) -> str:
-        """The name under which `optuna.load_study` finds the trials of a rule."""
-        return f"{self.experiment}/{rule}"
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def _optuna(self) -> "Trials":
-        assert self._trials is not None, "a study that was opened for reading"
-        return self._trials
-
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         """One write transaction for our tables and for Optuna's; one at a time per experiment."""
-        with self._lock, _failing(self.database), self._engine.begin() as connection:
+        with self._lock, failing(self.database), self._engine.begin() as connection:
             self.database.take_turn(connection, self.experiment)
             with self._optuna.within(connection):
                 yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with self._lock, _failing(self.database), self._engine.connect() as connection:
-            yield connection.execution_options(bpf_reading=True)
-
-    def _stored(self, connection: sa.Connection) -> dict[str, tuple[int, list[Axis]]]:
-        query = sa.select(schema.rules).where(schema.rules.c.experiment == self.experiment)
-        return {
-            record.rule: (record.study_id, [Axis(**axis) for axis in record.axes])
-            for record in connection.execute(query)
-        }
-
-    def _extend(self, connection: sa.Connection, rule: str, wanted: Sequence[Axis]) -> None:
-        """Store the axes of a rule, and let Optuna's trials know what they add to the ones before."""
-        study_id, before = self._stored(connection).get(rule, (None, list(wanted)))
-        if {axis.name for axis in before} != {axis.name for axis in wanted}:
-            names = [", ".join(sorted(axis.name for axis in axes)) or "none" for axes in (before, wanted)]
-            raise UsageError(
-                f"The parameters of {rule!r} are {names[0]} in this experiment, not {names[1]}; start a new experiment."
-            )
-        added = {axis.name: axis for axis in wanted}
-        after = [axis.extended(added[axis.name]) for axis in before]
-        where = {"experiment": self.experiment, "rule": rule}
-        if study_id is None:
-            study_id = self._optuna.new_study(self.study_name(rule))
-            record = {**where, "study_id": study_id, "axes": [asdict(axis) for axis in after]}
-            connection.execute(sa.insert(schema.rules).values(record))
-        elif after != before:
-            change = sa.update(schema.rules).where(*(schema.rules.c[name] == where[name] for name in where))
-            connection.execute(change.values(axes=[asdict(axis) for axis in after]))
-            self._optuna.extend(connection, study_id, before, after)
-
-    def _lengthen(self, connection: sa.Connection, reopened: Mapping[str, Cell]) -> None:
-        """Make cells those of longer runs. The complete ones go on from the checkpoint of their cohort."""
-        going_on = []
-        for row in plan.rows(connection, self.experiment):
-            if row.key not in reopened:
-                continue
-            change: dict[str, Any] = {k: v for k, v in vars(reopened[row.key]).items() if k not in ("rule", "params")}
-            if row.state == "complete" and ran_to_the_end(row):
-                change |= {"state": "interrupted", "value": None, "result": None, "seconds": None}
-                going_on.append(row.trial_id)
-            plan.update(connection, self.experiment, {"key": row.key}, **change)
-            plan.rename_history(connection, self.experiment, row.key, reopened[row.key].key)
-        self._optuna.reopen(connection, [trial_id for trial_id in going_on if trial_id is not None])
-
-    def _add_executions(self, connection: sa.Connection, executions: int) -> None:
-        """Open the complete cells that have fewer executions; they keep the results of those they have."""
-        short = [row for row in plan.rows(connection, self.experiment, state="complete") if row.done < executions]
-        for row in short:
-            blank = {"state": "pending", "cohort": None, "value": None, "reached": 0}
-            plan.update(connection, self.experiment, {"key": row.key}, **blank)
-        self._optuna.reopen(connection, [row.trial_id for row in short if row.trial_id is not None])
-
-    def _check_full(self, connection: sa.Connection, rule: str) -> None:
-        """GridSampler knows only whole grids; one with holes would never be exhausted."""
-        _, axes = self._stored(connection)[rule]
-        space = {axis.name: list(axis.values) for axis in axes}
-        points = plan.points(connection, self.experiment, rule, sorted(space))
-        whole = set(itertools.product(*(space[name] for name in sorted(space))))
-        if len(points) != len(whole) or set(points) != whole:
-            raise UsageError(
-                f"The grid of {rule!r} must be whole: its values make {len(whole)} points, but {len(points)} "
-                f"cells at {len(whole & set(points))} of them are planned. Give each parameter all its "
-                "values, the earlier ones too, and leave the fixed settings as they were."
-            )
 
     def _begin(self, connection: sa.Connection, row: Row, token: str, study_id: int, axes: list[Axis]) -> Row:
         """Give a cell to the owner: with a new trial if it has none, otherwise in its old one."""
@@ -515,7 +272,7 @@ class Study:
         if plan.update(connection, self.experiment, owned, **values) == 1:  # `owner` stays: it says who did it
             return row
         done = {"key": key, "owner": claim.token, "state": values["state"]}
-        if self._uncertain and plan.rows(connection, self.experiment, **done):  # but the answer was lost
+        if self.uncertain and plan.rows(connection, self.experiment, **done):  # but the answer was lost
             return None
         raise Fenced(f"The cell {row.name} ({key}) is no longer owned by this process; its outcome was not stored.")
 
@@ -533,101 +290,3 @@ class Study:
             if self.database.path:
                 (self.locks / f"{token}.lock").unlink(missing_ok=True)
         return left
-
-    def _dead(self, connection: sa.Connection) -> set[str]:
-        tokens = plan.owners_at_work(connection, self.experiment)
-        # After an outage of the database everyone's lease has run out: they need time to renew them.
-        trust_leases = time.monotonic() - self._failed_at > owners.LEASE_SECONDS
-        return owners.dead(
-            connection, self.experiment, tokens, self.locks if self.database.path else None, trust_leases
-        )
-
-
-def ran_to_the_end(row: Row) -> bool:
-    """Whether any execution of a finished cell ended because its epochs were over, and not earlier."""
-    executions = (row.result or {}).get("executions", [])
-    return any(execution["epochs"] >= row.spec["epochs"] for execution in executions)
-
-
-def _locks(database: Database) -> Path:
-    if database.path:
-        return database.path.parent / "locks"
-    return Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}"
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "unknown"
-
-
-def _opened(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
-    """The name and the settings of an experiment, which is brought to this format if need be."""
-    engine = database.connect(reading)
-    try:
-        with engine.connect().execution_options(bpf_reading=True) as connection:
-            name, version = schema.read_experiment(connection, database, experiment)
-        if version < schema.SCHEMA_VERSION:
-            if reading:
-                engine.dispose()
-                engine = database.connect()
-            with engine.begin() as connection:
-                if schema.read_experiment(connection, database, name)[1] < schema.SCHEMA_VERSION:
-                    schema.migrate(connection, (database.path or Path()).parent / "logs")
-        with engine.connect().execution_options(bpf_reading=True) as connection:
-            return name, schema.read_settings(connection, name)
-    finally:
-        engine.dispose()
-
-
-@contextmanager
-def _explained(database: Database) -> Iterator[None]:
-    """What can be wrong with a database that is opened, in words for its user."""
-    try:
-        yield
-    except BpfError:
-        raise
-    except (sa.exc.SQLAlchemyError, LostConnection, OSError, RuntimeError, ImportError, ValueError) as error:
-        raise _explanation(database, error) from error
-    except Exception as error:
-        if not type(error).__module__.startswith(("sqlite3", "psycopg", "optuna")):
-            raise
-        raise _explanation(database, error) from error
-
-
-def _explanation(database: Database, error: BaseException) -> BpfError:
-    if isinstance(error, RuntimeError | ImportError):  # Optuna's: its tables' version, a driver
-        return UsageError(f"{database} cannot be used with this optuna: {error}")
-    if disk_is_full(error):
-        return RunError(f"{database} cannot be used as a study database: {cause(error)}.")
-    if database.path:
-        return UsageError(f"{database} cannot be used as a study database: {cause(error)}.")
-    said = cause(error).rstrip(".")
-    if "password" in said or "authentication" in said:
-        cure = "Check the user and the password; PGPASSWORD or ~/.pgpass keep it out of command lines."
-    elif "does not exist" in said:
-        cure = "Create it on the server, or check the URL."
-    else:
-        cure = "Check that the server runs and can be reached from here."
-    return UsageError(f"The study database {database} cannot be used: {said}. {cure}")
-
-
-@contextmanager
-def _failing(database: Database) -> Iterator[None]:
-    try:
-        yield
-    except BpfError:
-        raise
-    except Exception as error:
-        if not isinstance(error, sa.exc.SQLAlchemyError | LostConnection) and not type(error).__module__.startswith(
-            ("optuna", "sqlite3", "psycopg")
-        ):
-            raise
-        if not passes(error):
-            raise RunError(f"The study database failed: {cause(error)}.") from error
-        failure = _Passing(f"The study database failed: {cause(error)}.")
-        failure.full = disk_is_full(error)
-        raise failure from error

@@ -8,6 +8,7 @@ import torch
 
 from bpf.errors import UsageError
 from bpf.spec.run import RunSpec
+from bpf.words import counted
 
 BYTES = 4
 COPIES = 4
@@ -27,7 +28,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda:0" if gpus else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        found = f"{gpus} CUDA device{'s' if gpus != 1 else ''}" if gpus else "no CUDA device"
+        found = f"{counted(gpus, 'CUDA device')}" if gpus else "no CUDA device"
         raise UsageError(f"device {name}: this machine has {found}. Use --device auto or cpu.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device mps: this machine has no Apple GPU. Use --device auto or cpu.")

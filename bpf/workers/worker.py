@@ -28,8 +28,9 @@ from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.database import Database
 from bpf.study.owner import Owner
+from bpf.study.patience import PATIENCE_SECONDS
 from bpf.study.plan import Claim, Row
-from bpf.study.study import PATIENCE_SECONDS, Fenced, Study
+from bpf.study.study import Fenced, Study
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
 from bpf.workers.claims import ClaimTraining

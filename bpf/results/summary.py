@@ -1,0 +1,171 @@
+"""How an experiment stands and what came out of it, as plain values. Imports neither torch nor Optuna."""
+
+import datetime
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from bpf.errors import RunError
+from bpf.experiment.directory import Experiment
+from bpf.experiment.grid import MAX_CELLS
+from bpf.study.plan import OPEN, STATES, Row
+from bpf.study.ranking import Ranked, rank, winners
+from bpf.study.view import StudyView
+
+
+def rows(experiment: Experiment) -> list[Row]:
+    """Every cell of the experiment, in plan order."""
+    with closing(experiment.read_study()) as study:
+        return study.rows()
+
+
+def varying(experiment: Experiment) -> frozenset[str]:
+    """The parameters with more than one value."""
+    with closing(experiment.read_study()) as study:
+        return study.varying()
+
+
+def history(experiment: Experiment, key: str) -> list[dict[str, Any]]:
+    """A cell's executions with their histories: one number per epoch for each measurement."""
+    with closing(experiment.read_study()) as study:
+        return study.history(key) or []
+
+
+def status(experiment: Experiment) -> dict[str, Any]:
+    """Cells by state and trouble, who works on them, seconds spent, and seconds that the rest will take.
+
+    The time left is the speed of finished cells applied to the others, shared by the workers that are alive.
+    """
+    with closing(experiment.read_study()) as study:
+        tallies = study.tally()
+        workers = study.workers()
+    counts = dict.fromkeys(STATES, 0)
+    causes: dict[str, dict[str, int]] = {}
+    for tally in tallies:
+        counts[tally.state] += tally.count
+        if tally.cause is not None:
+            by_state = causes.setdefault(tally.cause, {})
+            by_state[tally.state] = by_state.get(tally.state, 0) + tally.count
+    elapsed = sum(tally.seconds for tally in tallies)
+    done = sum(tally.cost for tally in tallies if tally.seconds)
+    left = sum(tally.cost for tally in tallies if tally.state in OPEN)
+    eta = 0.0 if not counts_open(counts) else left * elapsed / done / max(1, len(workers)) if done else None
+    return {
+        "experiment": str(experiment.directory),
+        "cells": {"total": sum(counts.values()), **counts},
+        "causes": causes,
+        "workers": [{"pid": worker["pid"], **worker["facts"], "since": _utc(worker["began"])} for worker in workers],
+        "elapsed_seconds": round(elapsed, 3),
+        "eta_seconds": None if eta is None else round(eta, 3),
+    }
+
+
+def counts_open(counts: dict[str, int]) -> int:
+    return sum(counts[state] for state in OPEN)
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Where the numbers come from: the resolved spec and each start with its command, versions, git and hardware."""
+    return {
+        "experiment": str(experiment.directory),
+        "name": experiment.name,
+        "created": experiment.created,
+        "storage": experiment.database.public,
+        "checkpoints": str(experiment.files),
+        "data_dir": str(experiment.data_dir),
+        "spec": experiment.grid.model_dump(mode="json"),
+        "sessions": experiment.sessions(),
+    }
+
+
+def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:
+    """The complete cells ranked by the objective, best first."""
+    return ranking(experiment, top).top
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The `top` cells, the best one of each rule (`winners`), both best first; how many cells are in each state; the
+    parameters with more than one value; and the first cell that failed.
+    """
+
+    top: list[Ranked]
+    winners: list[Ranked]
+    counts: dict[str, int]
+    varying: frozenset[str]
+    failure: Row | None
+
+
+def ranking(experiment: Experiment, top: int) -> Ranking:
+    """What came out so far. It reads no more cells than are shown."""
+    with closing(experiment.read_study()) as study:
+        counts = study.counts()
+        rules = study.rules()
+        leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
+        failed = study.rows(state="failed")[:1] if counts["failed"] else []
+        return Ranking(leaders[:top], winners(leaders), counts, study.varying(), failed[0] if failed else None)
+
+
+def train_report(experiment: Experiment) -> dict[str, Any]:
+    """What came out of a single run. Raises RunError with the cause if the rule failed."""
+    row = rows(experiment)[0]
+    if row.state == "failed":
+        last = (row.error or "").strip().splitlines()[-1]
+        raise RunError(
+            f"The run failed: {last}\nSee `bpf status {experiment.directory} --failed`; "
+            f"`bpf resume {experiment.directory} --retry-failed` tries again."
+        )
+    result = row.result or {}
+    record = result["executions"][0]
+    return {
+        "status": row.state,
+        "dataset": row.spec["dataset"],
+        "algorithm": row.rule,
+        "seed": record["seed"],
+        "device": result["device"],
+        "epochs": record["epochs"],
+        "train": record["train"],
+        "val": record["val"],
+        "test": record["test"],
+        "seconds": {
+            "total": record["seconds"],
+            "per_epoch": record["seconds"] / record["epochs"],
+            "tracking": record.get("tracking_seconds", 0.0),
+        },
+        "samples_per_second": result["examples"] * record["epochs"] / record["seconds"],
+    }
+
+
+@dataclass(frozen=True)
+class Outset:
+    """How an experiment stands when work on it begins, for whoever shows the progress.
+
+    `cost` is the work of the cells that are not finished, `best` the best value of each rule. `varying` are the
+    parameters with more than one value.
+    """
+
+    objective: str
+    total: int
+    open: int
+    cost: float
+    best: dict[str, float]
+    varying: frozenset[str]
+
+    @classmethod
+    def of(cls, study: StudyView, objective: str, executions: int) -> "Outset":
+        tallies = study.tally()
+        left = [tally for tally in tallies if tally.state in OPEN]
+        found = {rule: study.best(rule) for rule in study.rules()}
+        best = {rule: one[1] for rule, one in found.items() if one is not None}
+        return cls(
+            objective,
+            sum(tally.count for tally in tallies),
+            sum(tally.count for tally in left),
+            sum(tally.cost for tally in left) * executions,
+            best,
+            study.varying(),
+        )
+
+
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
