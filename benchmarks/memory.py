@@ -45,7 +45,7 @@ def step_memory(rule_name: str, depth: int) -> int:
     import torch
 
     from bpf.algorithms import Problem, Step, cross_entropy
-    from bpf.experiment.directory import load_rules
+    from bpf.experiment.plugins import load_rules
     from bpf.nn.network import Network, Structure
     from bpf.training.hardware import settle
 

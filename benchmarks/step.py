@@ -25,7 +25,7 @@ from torch import nn
 from torchvision import transforms
 
 from bpf.data.cache import Data
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.spec.run import RunSpec
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import settle

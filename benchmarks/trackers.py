@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bpf.data.cache import Data, load
-from bpf.experiment.directory import load_rules, load_trackers
+from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.registry import TRACKERS, Registry
 from bpf.spec.run import RunSpec
 from bpf.training.cohort import Cohort

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
-from bpf.experiment.directory import Experiment, Place, find, grid_of, load_rules, open_experiment, prepare
+from bpf.experiment.directory import Experiment, Place, find, open_experiment, prepare
 from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
+from bpf.experiment.plugins import load_rules
+from bpf.experiment.settings import stored_grid
 from bpf.results import summary
 from bpf.results.summary import Outset
 from bpf.spec.run import GridSpec, RunSpec
@@ -208,7 +210,7 @@ def join(
     from bpf.workers.worker import Job, Worker
 
     with closing(Study.open(storage, name)) as study:
-        spec = grid_of(study.settings)
+        spec = stored_grid(study.settings["spec"])
         files = files.resolve() if files else Path(study.settings.get("files", ""))
         if checkpoints is not None:
             files = checkpoints.resolve() / study.experiment

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 MODULES = sorted((ROOT / "bpf").rglob("*.py"))
-OUTSIDE = {"__init__.py", "testing.py"}
+OUTSIDE = {"__init__.py", "__main__.py", "testing.py"}
 """The package itself, and the suite that plugin authors run, which may use everything."""
 
 

@@ -742,13 +742,13 @@ def test_debug_shows_the_traceback(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_bug_is_called_one(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpf import api
+    from bpf.results import summary
 
     def broken(experiment: Any) -> None:
         raise ValueError("oh no")
 
     assert bpf_(f"{RUN} -q").code == 0
-    monkeypatch.setattr(api, "status", broken)
+    monkeypatch.setattr(summary, "status", broken)
     expected = "bpf failed: ValueError: oh no\nThis is a bug in bpf or a plugin; BPF_DEBUG=1 shows where.\n"
     assert bpf_("status one") == Outcome(1, "", expected)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bpf.data import cache
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.spec.run import RunSpec
 from bpf.training import cohort as training
 from bpf.training.cohort import Cohort

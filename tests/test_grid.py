@@ -12,8 +12,8 @@ from bpf.algorithms import Algorithm, Options
 from bpf.algorithms.bp import Backpropagation
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.errors import UsageError
-from bpf.experiment.directory import load_rules
 from bpf.experiment.grid import Holes, LeftOut, as_grid, check_run, execution, expand, resolve_options, setup, setups
+from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
 from bpf.spec.run import GridSpec, RunSpec, digest
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bpf.algorithms import Problem, Step
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.network import Layer, Network, Structure
 from bpf.nn.randomness import Dropout

@@ -16,7 +16,7 @@ from bpf.data import cache
 from bpf.data.base import Arrays
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.nn.network import Network
 from bpf.results import models
 from bpf.results.evaluation import evaluate, predict

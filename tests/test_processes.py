@@ -170,10 +170,10 @@ def test_nothing_stays_behind_when_the_command_ends_before_any_worker(
     """After a mistake at once, whatever the server process still imports; after a kill as soon as it has."""
     (tmp_path / "slow.py").write_text(imports)
     (tmp_path / "program.py").write_text(
-        "import os, signal, sys\nfrom bpf.cli import app as cli\nfrom bpf.workers import processes\n"
+        "import os, signal, sys\nfrom bpf.cli import app as cli, training\nfrom bpf.workers import processes\n"
         "from bpf.errors import UsageError\n\n"
         f"def opened(*_):\n    {end}\n\n"
-        "processes.PRELOADED, cli.place_of = ('slow',), opened\ncli.main(sys.argv[1:])\n"
+        "processes.PRELOADED, training.place_of = ('slow',), opened\ncli.main(sys.argv[1:])\n"
     )
     with (tmp_path / "said").open("w+") as said:
         command = subprocess.Popen(

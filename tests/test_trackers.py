@@ -10,7 +10,7 @@ from bpf.algorithms import Problem
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.algorithms.drtp import DirectRandomTargetProjection
 from bpf.data import cache
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.nn.losses import cross_entropy
 from bpf.nn.network import Network, Structure
 from bpf.spec.run import RunSpec

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
-from bpf.experiment.directory import load_rules
+from bpf.experiment.plugins import load_rules
 from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Dropout, generator, orders

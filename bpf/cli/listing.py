@@ -1,133 +1,64 @@
-"""What the listing commands say of installed plugins. Imports neither torch nor optuna until one is described."""
+"""Commands that list what there is: `algorithms`, `trackers`, `datasets`, `schema`."""
 
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from bpf.data.cache import DatasetInfo, available, describe
-from bpf.errors import UsageError
-from bpf.registry import ALGORITHMS, DATASETS, Plugin, Registry
+import typer
 
-
-def plugins_json(plugins: Sequence[Plugin]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": plugin.name,
-            "distribution": plugin.distribution,
-            "version": plugin.version,
-            "summary": plugin.summary,
-            "problem_types": sorted(plugin.attribute("problem_types", ())),
-            "problem": plugin.problem,
-        }
-        for plugin in plugins
-    ]
+from bpf.cli.arguments import AsJson, DataDir, print_json
+from bpf.registry import ALGORITHMS, TRACKERS, Registry
+from bpf.spec.fields import json_schema
+from bpf.spec.run import GridSpec, RunSpec
 
 
-def plugins_text(plugins: Sequence[Plugin]) -> str:
-    """One plugin a block: name and distribution, then its summary, or why it is broken."""
-    lines = []
-    for plugin in plugins:
-        problems = ", ".join(sorted(plugin.attribute("problem_types", ())))
-        lines.append(f"{plugin.name:<18}{plugin.distribution} {plugin.version}{f'  ({problems})' if problems else ''}")
-        lines += _indented(f"broken: {plugin.problem}" if plugin.problem else plugin.summary)
-    return "\n".join(lines) or "No plugin is installed."
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(help="A learning rule, for its equation and options.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the learning rules, or describe one."""
+    from bpf.console import plugins
+
+    if name is None:
+        _list_plugins(ALGORITHMS, as_json)
+    else:
+        description = plugins.describe_algorithm(name)
+        print_json(description) if as_json else typer.echo(plugins.algorithm_text(description))
 
 
-def describe_algorithm(name: str) -> dict[str, Any]:
-    """Everything a rule says of itself; this imports it."""
-    from bpf.experiment.directory import load_rules
-
-    registry = Registry(ALGORITHMS)
-    plugin = registry.describe(name)
-    if plugin.problem:
-        raise UsageError(f"The algorithm {name!r} is broken: {plugin.problem}.")
-    rule = load_rules([name])[name]
-    return {
-        "name": name,
-        "distribution": plugin.distribution,
-        "version": plugin.version,
-        "summary": (rule.__doc__ or "").partition("\n")[0],
-        "equation": rule.equation,
-        "reference": rule.reference,
-        "problem_types": sorted(rule.problem_types),
-        "needs_bounded_activation": rule.needs_bounded_activation,
-        "unused_parameters": sorted(rule.unused_parameters),
-        "options": rule.Options.model_json_schema().get("properties", {}),
-    }
+def trackers(as_json: AsJson = False) -> None:
+    """List the trackers: what can be measured during training."""
+    _list_plugins(TRACKERS, as_json)
 
 
-def algorithm_text(rule: dict[str, Any]) -> str:
-    lines = [f"{rule['name']}  ({rule['distribution']} {rule['version']})", "", rule["summary"], ""]
-    lines += [f"equation      {rule['equation']}", f"paper         {rule['reference']}"]
-    lines.append(f"problems      {', '.join(rule['problem_types'])}")
-    if rule["needs_bounded_activation"]:
-        lines.append("activations   tanh, sigmoid (others need --allow-unstable)")
-    if rule["unused_parameters"]:
-        lines.append(f"without       {', '.join(rule['unused_parameters'])}")
-    if not rule["options"]:
-        lines.append("options       none")
-    for name, option in rule["options"].items():
-        limits = [f"{word} {option[key]}" for key, word in _LIMITS.items() if key in option]
-        about = [option.get("description", ""), *limits, f"default {option.get('default')}"]
-        lines.append(f"--option {rule['name']}.{name}=VALUE")
-        lines += _indented(", ".join(part.rstrip(".") for part in about if part))
-    return "\n".join(lines)
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="A data set, for what to put where.", show_default=False)] = None,
+    data_dir: DataDir = Path("data"),
+    as_json: AsJson = False,
+) -> None:
+    """List the data sets and whether they are on disk, or describe one."""
+    from bpf.console import plugins
+
+    infos = plugins.datasets(data_dir) if name is None else [plugins.dataset(name, data_dir)]
+    if as_json:
+        print_json([plugins.dataset_json(info) for info in infos] if name is None else plugins.dataset_json(infos[0]))
+    else:
+        typer.echo(plugins.datasets_text(infos) if name is None else plugins.dataset_text(infos[0]))
 
 
-_LIMITS = {
-    "minimum": "from",
-    "exclusiveMinimum": "above",
-    "maximum": "to",
-    "exclusiveMaximum": "below",
-    "enum": "one of",
-}
+def schema(
+    run: Annotated[bool, typer.Option("--run", help="The schema of a single run instead of a grid's.")] = False,
+) -> None:
+    """Print the JSON schema of spec files."""
+    print_json(json_schema(RunSpec if run else GridSpec))
 
 
-def datasets(data_dir: Path) -> list[DatasetInfo]:
-    return available(Registry(DATASETS), data_dir)
+def _list_plugins(group: str, as_json: bool) -> None:
+    from bpf.console import plugins
+
+    found = Registry(group).plugins()
+    print_json(plugins.plugins_json(found)) if as_json else typer.echo(plugins.plugins_text(found))
 
 
-def dataset(name: str, data_dir: Path) -> DatasetInfo:
-    return describe(name, data_dir)
-
-
-def dataset_json(info: DatasetInfo) -> dict[str, Any]:
-    return asdict(info)
-
-
-def datasets_text(infos: Sequence[DatasetInfo]) -> str:
-    lines = []
-    for info in infos:
-        if info.problem:
-            state = "broken"
-        elif info.takes_source:
-            state = "your own"
-        else:
-            state = "on disk" if info.on_disk else "not here"
-        lines.append(f"{info.name:<12}{state:<10}{_size(info)}".rstrip())
-        lines += _indented(f"broken: {info.problem}" if info.problem else info.summary)
-    return "\n".join(lines)
-
-
-def dataset_text(info: DatasetInfo) -> str:
-    if info.problem:
-        return f"{info.name}  broken: {info.problem}"
-    lines = [f"{info.name}  ({info.distribution} {info.version})", "", info.summary]
-    if _size(info):
-        lines.append(_size(info))
-    lines.append("on disk" if info.on_disk else "not on disk")
-    return "\n".join([*lines, "", info.instructions]).rstrip()
-
-
-def _size(info: DatasetInfo) -> str:
-    if info.shape is None or info.train_size is None:
-        return ""
-    channels, height, width = info.shape
-    shape = f"{width}x{height}{' grey' if channels == 1 else ' colour'}"
-    return f"{info.train_size:,} + {info.test_size:,} images, {shape}, {info.class_count} classes"
-
-
-def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
+COMMANDS = (algorithms, trackers, datasets, schema)

@@ -5,8 +5,7 @@ server instead, so that other machines can join, and its checkpoints in a folder
 """
 
 import datetime
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from bpf.errors import UsageError
-from bpf.experiment.grid import Grid, expand, words
+from bpf.experiment.file import FORMAT, read
+from bpf.experiment.grid import Grid, expand
+from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.provenance import provenance, redacted
+from bpf.experiment.settings import merged, stored_grid
 from bpf.files import explaining, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
-from bpf.spec.fields import build
-from bpf.spec.run import TUNABLE, GridSpec
+from bpf.spec.run import GridSpec
 from bpf.study.database import Database
 from bpf.study.plan import Cell, Row
 from bpf.study.view import StudyView
@@ -30,15 +31,6 @@ if TYPE_CHECKING:
     from bpf.algorithms import Algorithm
     from bpf.study.study import Study
     from bpf.trackers import Tracker
-
-FORMAT = 2
-OLDER_FORMAT = 1
-_CONTENT = {"kind": str, "name": str, "created": str, "sessions": list, "data_dir": str, "spec": dict}
-FREE_TO_CHANGE = frozenset({"device"})
-"""Settings that say where to train, not what."""
-MAY_GROW = frozenset({"epochs", "executions_per_trial"})
-LISTED = 10
-"""How many setups whose learning rate has changed are listed."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ class Experiment:
         grid = expand(self.grid, self.rules())
         study = self._create_study() if self.is_unplanned() else self.open_study()
         try:
-            before = grid_of(study.settings)
+            before = stored_grid(study.settings["spec"])
             reopened = self._longer(study, before, grid)
             more = self.grid.executions_per_trial
             study.plan(
@@ -220,7 +212,7 @@ class Experiment:
     def save(self, command: Sequence[str]) -> None:
         """Write `experiment.yaml`, remembering how and on what the experiment was made, extended or gone on with."""
         path = self.directory / "experiment.yaml"
-        earlier = _read(path)["sessions"] if path.exists() else []
+        earlier = read(path)["sessions"] if path.exists() else []
         session = {"time": _now(), "command": redacted(command), **provenance(self._plugins())}
         content = {
             "format": FORMAT,
@@ -238,7 +230,7 @@ class Experiment:
 
     def sessions(self) -> list[dict[str, Any]]:
         """Each start: its time, command, versions, git state and hardware, the first one first."""
-        sessions: list[dict[str, Any]] = _read(self.directory / "experiment.yaml")["sessions"]
+        sessions: list[dict[str, Any]] = read(self.directory / "experiment.yaml")["sessions"]
         return sessions
 
     def _plugins(self) -> Iterator[Any]:
@@ -281,7 +273,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
     if present.kind != kind:
         kinds = {"tune": "a grid search (bpf tune)", "train": "a single run (bpf train)"}
         raise UsageError(f"{directory} holds {kinds[present.kind]}, not {kinds[kind]}. Choose another directory.")
-    return replace(present, grid=_merge(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
+    return replace(present, grid=merged(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
 
 
 def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
@@ -295,9 +287,9 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
         raise UsageError(f"{directory} is not an experiment: {found}.")
     if not path.is_file():
         raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml.")
-    content = _read(path)
+    content = read(path)
     try:
-        grid = build(GridSpec, _explicit(content["spec"]))
+        grid = stored_grid(content["spec"])
     except UsageError as error:
         raise UsageError(f"The spec in {path} is not one that this bpf accepts:\n{error}") from error
     stored = Database.at(content["storage"]) if content.get("storage") else _own_database(directory)
@@ -324,32 +316,8 @@ def _default_name(directory: Path) -> str:
     return f"{directory.parent.name}-{directory.name}" if inside else directory.name
 
 
-def grid_of(settings: Mapping[str, Any]) -> GridSpec:
-    """The grid of an experiment from its settings in the database."""
-    return build(GridSpec, _explicit(settings["spec"]))
-
-
 def _own_database(directory: Path) -> Database:
     return Database.at(directory / "study.db")
-
-
-def load_rules(names: Sequence[str]) -> "dict[str, type[Algorithm]]":
-    """The learning rules of these names. Raises UsageError for one that is unknown, broken or not a rule."""
-    from bpf.algorithms import Algorithm
-
-    registry = Registry(ALGORITHMS)
-    rules = {}
-    for name in names:
-        rule = registry.load(name)
-        if not (isinstance(rule, type) and issubclass(rule, Algorithm)):
-            raise UsageError(f"The algorithm {name!r} ({registry.describe(name).target}) is not a bpf Algorithm.")
-        rules[name] = rule
-    return rules
-
-
-def load_trackers(names: Sequence[str]) -> "dict[str, Tracker]":
-    registry = Registry(TRACKERS)
-    return {name: registry.load(name)() for name in names}
 
 
 def find(root: Path) -> list[Path]:
@@ -361,97 +329,6 @@ def find(root: Path) -> list[Path]:
 
     found = [path.parent for pattern in ("*", "*/val_*") for path in root.glob(f"{pattern}/experiment.yaml")]
     return sorted(found, key=touched, reverse=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    damaged = f"{path} is damaged: it is not the file that bpf wrote"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{damaged} ({type(error).__name__}).") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise UsageError(f"{damaged}.")
-    if content["format"] == OLDER_FORMAT and isinstance(content.get("commands"), list):
-        content["sessions"] = [{"command": command} for command in content["commands"]]
-        if content["sessions"]:
-            content["sessions"][-1]["versions"] = content.get("versions", {})
-    elif content["format"] != FORMAT:
-        raise UsageError(f"{path} is of format {content['format']}; this bpf reads format {FORMAT}.")
-    wrong = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
-    if wrong or content["kind"] not in ("tune", "train"):
-        raise UsageError(f"{damaged} (look at {', '.join(wrong) or 'kind'}).")
-    return content
-
-
-def _merge(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec:
-    differences = []
-    merged: dict[str, Any] = {}
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for name in dict.fromkeys([*before, *after]):
-        was, now = before.get(name, []), after.get(name, [])
-        if name == "lr_from":
-            merged[name] = [*was, *(rate for rate in now if rate not in was)]
-            differences += _changed_rates(was, now)
-        elif name in TUNABLE and set(was) <= set(now):
-            merged[name] = [*was, *(value for value in now if value not in was)]
-        elif name == "options" and (grown := _grown_options(was, now)) is not None:
-            merged[name] = grown
-        elif was == now or name in FREE_TO_CHANGE or (name in MAY_GROW and now > was):
-            merged[name] = now
-        else:
-            differences.append(f"  {name}: {_show(was)} there, {_show(now)} now")
-    if differences:
-        lasting = any("lr_from" in line for line in differences)
-        grow = "lists, epochs and executions may grow" if kind == "tune" else "epochs may grow"
-        extend = f"{'A grid' if kind == 'tune' else 'A run'} can be extended ({grow}), not changed. "
-        raise UsageError(
-            f"{directory} holds an experiment with other settings:\n" + "\n".join(differences) + "\n"
-            f"{extend}Give another directory, or the same settings."
-            + (f" `bpf resume {directory}` goes on with the learning rates there." if lasting else "")
-        )
-    return build(GridSpec, _explicit(merged))
-
-
-def _changed_rates(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """A line for each setup that has another learning rate now, or none, though at most ten."""
-
-    def by_setup(rates: list[dict[str, Any]]) -> dict[str, float]:
-        return {words(rate["algorithm"], rate["params"]): rate["lr"] for rate in rates}
-
-    after = by_setup(now)
-    changed = [
-        f"  lr_from: {setup}: {_show(lr)} there, {_show(after.get(setup, []))} now"
-        for setup, lr in by_setup(was).items()
-        if after.get(setup) != lr
-    ]
-    more = [f"  lr_from: ... and {len(changed) - LISTED} more setups"] if len(changed) > LISTED else []
-    return changed[:LISTED] + more
-
-
-def _grown_options(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any] | None:
-    """The union of two rules' resolved options, or None if anything of the first is missing in the second."""
-    merged = {rule: dict(options) for rule, options in now.items()}
-    for rule, options in was.items():
-        for option, values in options.items():
-            added = now.get(rule, {}).get(option, [])
-            if not set(values) <= set(added):
-                return None
-            merged[rule][option] = [*values, *(value for value in added if value not in values)]
-    return merged
-
-
-def _explicit(values: dict[str, Any]) -> dict[str, Any]:
-    """Without an imbalance factor that means nothing, which a spec refuses."""
-    skewed = values.get("skew_type") != ["none"]
-    return {name: value for name, value in values.items() if name != "imbalance_factor" or skewed}
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_show, value)) or "none"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _foreign(directory: Path) -> Iterator[Path]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bpf.errors import UsageError
-from bpf.experiment.directory import Experiment, Place, load_rules, open_experiment
+from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.experiment.grid import Holes, expand, run_fields, setup, setups, words
+from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
 from bpf.spec.run import TUNABLE, GridSpec, Rate, Settings
 from bpf.study.plan import OPEN, Row, Value

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Problem, Step
-from bpf.experiment.directory import Experiment, load_rules
+from bpf.experiment.directory import Experiment
+from bpf.experiment.plugins import load_rules
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer

@@ -22,7 +22,8 @@ import torch
 import bpf
 from bpf.data.cache import Data, load
 from bpf.errors import BpfError, DiskFull, RunError
-from bpf.experiment.directory import grid_of, load_rules, load_trackers
+from bpf.experiment.plugins import load_rules, load_trackers
+from bpf.experiment.settings import stored_grid
 from bpf.files import explaining
 from bpf.results import models
 from bpf.spec.run import RunSpec
@@ -110,7 +111,7 @@ class Worker:
     data: Data | None = None
 
     def __post_init__(self) -> None:
-        grid = grid_of(self.study.settings)
+        grid = stored_grid(self.study.settings["spec"])
         self._executions = grid.executions_per_trial
         self._keep = bool(self.study.settings.get("keep_checkpoints"))
         self._device = choose_device(self.job.device)

@@ -1,0 +1,125 @@
+"""What surrounds the training that a command does: who watches, who is told, how it stops, what it shows."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from bpf.cli.arguments import TOP, print_json
+from bpf.errors import BpfError, RunError
+from bpf.words import counted
+
+if TYPE_CHECKING:
+    from bpf.api import Effort
+    from bpf.console.progress import LiveProgress
+    from bpf.experiment.directory import Experiment
+    from bpf.results.summary import Outset
+
+    Observer = Callable[[Outset], LiveProgress]
+
+
+def train_all(
+    experiment: "Experiment",
+    effort: "Effort",
+    observe: "Observer",
+    retry_failed: bool = False,
+    notify: list[str] | None = None,
+) -> None:
+    from bpf import api
+    from bpf.workers.supervisor import Crashed
+
+    directory = shlex.quote(str(experiment.directory))
+    with (
+        _notifying(experiment, notify or []),
+        interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun),
+    ):
+        try:
+            api.run(experiment, observe, command_line(), effort, retry_failed)
+        except Crashed as error:
+            raise Crashed(f"{error} See `bpf status {directory}`; go on with: bpf resume {directory}") from error
+
+
+@contextmanager
+def _notifying(experiment: "Experiment", targets: list[str]) -> Iterator[None]:
+    """Tell the targets how the work ended."""
+    from bpf.results.notifying import Notifier, summarize
+    from bpf.workers.stopping import Interrupted
+
+    began, event, message = time.monotonic(), "finished", ""
+    try:
+        yield
+    except Interrupted as stopped:
+        event, message = "stopped", str(stopped)
+        raise
+    except BpfError as error:
+        event, message = "failed", str(error)
+        raise
+    finally:
+        if targets and experiment.begun:
+            for warning in Notifier(targets).send(
+                event, summarize(experiment, event, time.monotonic() - began, message)
+            ):
+                typer.echo(warning, err=True)
+
+
+def check_targets(notify: list[str] | None) -> None:
+    from bpf.results.notifying import check
+
+    check(notify or [])
+
+
+@contextmanager
+def interruptible(go_on: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Say how to go on after the work was stopped."""
+    from bpf.workers.stopping import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped} {go_on}") from None
+    except KeyboardInterrupt:
+        last = f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun."
+        raise Interrupted(f"Interrupted at once. {last}") from None
+
+
+def observer(quiet: bool, verbose: bool) -> "Observer":
+    from bpf.console.progress import LiveProgress
+
+    return lambda outset: LiveProgress(outset, quiet, verbose)
+
+
+def command_line() -> list[str]:
+    """As an experiment remembers it; where notifications go is a secret."""
+    from bpf.results.notifying import hidden
+
+    return hidden(["bpf", *sys.argv[1:]])
+
+
+def show_ranking(experiment: "Experiment", as_json: bool) -> None:
+    from bpf.console import tables
+    from bpf.experiment.grid import MAX_CELLS
+    from bpf.results import summary
+
+    ranking = summary.ranking(experiment, MAX_CELLS if as_json else TOP)
+    if as_json:
+        print_json([entry.as_json(experiment.grid.objective) for entry in ranking.top])
+    else:
+        tables.show_results(ranking, experiment.grid.objective, experiment.directory)
+    failed = ranking.counts["failed"]
+    if failed:
+        raise RunError(
+            f"{counted(failed, 'cell')} failed: see `bpf status {experiment.directory} --failed`; "
+            f"`bpf resume {experiment.directory} --retry-failed` tries again."
+        )
+
+
+def show_run(experiment: "Experiment", as_json: bool) -> None:
+    from bpf.console import tables
+    from bpf.results import summary
+
+    report = summary.train_report(experiment)
+    print_json(report) if as_json else tables.show_run(report)
