@@ -47,13 +47,26 @@ def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "places",
     [
-        ("before bpf.study.study:Study.claim", "after bpf.study.trials:Trials.begin", "after bpf.study:Study.claim"),
-        ("before bpf.training.cohort:Cohort.run_epoch", "after bpf.training:Cohort.run_epoch"),
+        (
+            "before bpf.study.study:Study.claim",
+            "after bpf.study.trials:Trials.begin",
+            "after bpf.study.study:Study.claim",
+        ),
+        ("before bpf.training.cohort:Cohort.run_epoch", "after bpf.training.cohort:Cohort.run_epoch"),
         ("after bpf.nn.optim:StackedOptimizer.step", "before bpf.workers.worker:Worker.run"),
-        ("before bpf.training.checkpoint:save", "before os:fsync", "after os:fsync", "after bpf.checkpoint:save"),
-        ("before bpf.results.models:save", "after bpf.models:save"),
-        ("before bpf.study.study:Study.finish", "after bpf.study.trials:Trials.end", "after bpf.study:Study.finish"),
-        ("before bpf.workers.worker:Worker._discard_models", "before bpf.worker:Worker._discard_checkpoint"),
+        (
+            "before bpf.training.checkpoint:save",
+            "before os:fsync",
+            "after os:fsync",
+            "after bpf.training.checkpoint:save",
+        ),
+        ("before bpf.results.models:save", "after bpf.results.models:save"),
+        (
+            "before bpf.study.study:Study.finish",
+            "after bpf.study.trials:Trials.end",
+            "after bpf.study.study:Study.finish",
+        ),
+        ("before bpf.workers.worker:Worker._discard_models", "before bpf.workers.worker:Worker._discard_checkpoint"),
     ],
     ids=["claim", "epoch", "step", "checkpoint", "model", "finish", "discard"],
 )

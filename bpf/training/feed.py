@@ -33,6 +33,7 @@ class Feed:
     """
 
     def __init__(self, data: Data, spec: RunSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.device = device
         self._spec, self._dtype, self._shape = spec, dtype, data.shape
         self._reconstructs = spec.problem_type == "reconstruction"
         self.inputs = data.shape[0] * data.shape[1] * data.shape[2]
@@ -56,6 +57,10 @@ class Feed:
     @property
     def classifies(self) -> bool:
         return not self._reconstructs
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.train) // batch_size)
 
     def batch(
         self, part: Part, rows: Tensor, generators: list[torch.Generator] | None = None

@@ -1,0 +1,59 @@
+"""The measurements of trackers while a cohort trains: on one probe batch, at an interval, and what they cost."""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bpf.algorithms import Algorithm, Network
+from bpf.nn.losses import Loss
+from bpf.nn.randomness import generator
+from bpf.spec.run import RunSpec
+from bpf.trackers import Probe, Tracker
+from bpf.training.feed import Feed
+from bpf.training.record import Record
+
+PROBE_SIZE = 256
+
+
+class Tracking:
+    """The trackers of a cohort. `steps` is how many batches an epoch has; `spec` that of any of its runs."""
+
+    def __init__(self, trackers: dict[str, Tracker], feed: Feed, rule: Algorithm, loss: Loss, spec: RunSpec) -> None:
+        self._trackers, self._feed, self._rule, self._loss = trackers, feed, rule, loss
+        self._seed, self._steps = spec.data_seed, feed.steps(spec.batch_size)
+        unit, self._interval = spec.tracking
+        self._by_steps = unit == "steps"
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after so many steps, counted from the start; before the first one in any case."""
+        interval = self._interval if self._by_steps else self._interval * self._steps
+        return step % interval == 0
+
+    def measure(self, network: Network, step: int, records: Sequence[Record]) -> None:
+        """Append what every tracker measures now to the records of the stacked runs."""
+        if not self._trackers:
+            return
+        start = time.perf_counter()
+        inputs, target = (tensor.expand(network.runs, -1, -1) for tensor in self._probe_batch)
+        probe = Probe(network, self._rule, self._loss, inputs, target)
+        values = {
+            f"{tracker}/{name}": values.tolist()
+            for tracker, instance in self._trackers.items()
+            for name, values in instance.measure(probe).items()
+        }
+        seconds = (time.perf_counter() - start) / len(records)
+        moment = {"step": step, "epoch": step / self._steps}
+        for position, record in enumerate(records):
+            record.tracking_seconds += seconds
+            for name, value in (moment | {name: value[position] for name, value in values.items()}).items():
+                record.tracked.setdefault(name, []).append(value)
+
+    @cached_property
+    def _probe_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the probe: a fixed batch of training examples, [1, examples, ...]."""
+        order = torch.randperm(len(self._feed.train), generator=generator(self._seed, "probe"))
+        inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._feed.device))
+        return inputs, target
