@@ -36,7 +36,7 @@ import optuna
 
 from bpf import api
 from bpf.experiment.grid import expand
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study.owner import Owner
 from bpf.study.plan import Axis
 from bpf.study.study import Study

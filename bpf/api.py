@@ -16,7 +16,8 @@ from bpf.experiment.plugins import load_rules
 from bpf.experiment.settings import stored_grid
 from bpf.results import summary
 from bpf.results.summary import Outset
-from bpf.spec.run import GridSpec, RunSpec
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec
 from bpf.study.database import Database
 from bpf.study.patience import PATIENCE_SECONDS
 from bpf.workers.events import Trouble

@@ -21,7 +21,8 @@ from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.extras import need
 from bpf.results import exporting, summary
 from bpf.spec.fields import build
-from bpf.spec.run import GridSpec, RunSpec
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec
 from bpf.words import counted
 from bpf.workers import processes
 

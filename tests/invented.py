@@ -7,7 +7,7 @@ from typing import Any
 
 from bpf.api import open_tune
 from bpf.experiment.directory import Experiment, Place
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study.owner import Owner
 from bpf.study.plan import Row
 from bpf.workers.claims import outcome

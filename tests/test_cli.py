@@ -26,7 +26,8 @@ import bpf
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.spec.fields import bounds, choices
-from bpf.spec.run import GridSpec, RunSpec
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec
 from bpf.study.owner import Owner
 from bpf.training.cohort import Cohort
 from bpf.workers.events import Trained

@@ -11,7 +11,7 @@ from bpf.errors import UsageError
 from bpf.experiment.directory import open_experiment, prepare
 from bpf.experiment.grid import expand, resolve_options
 from bpf.spec.fields import build
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 
 
 class Fake(Algorithm):

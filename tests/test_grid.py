@@ -15,7 +15,8 @@ from bpf.errors import UsageError
 from bpf.experiment.grid import Holes, LeftOut, as_grid, check_run, execution, expand, resolve_options, setup, setups
 from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
-from bpf.spec.run import GridSpec, RunSpec, digest
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec, digest
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
 PER_RUN = {"lr", "bw_init", "dropout", "weight_decay", "seed"}

@@ -24,7 +24,7 @@ from bpf.experiment.grid import setup
 from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
 from bpf.results import summary
 from bpf.spec.fields import build
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study.plan import Row
 from bpf.study.ranking import Spread, best_columns, best_per
 

@@ -30,7 +30,7 @@ from bpf import api
 from bpf.cli import app as cli
 from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment, Place
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study import owner as owners
 from bpf.study import schema
 from bpf.study.database import Database

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from bpf.errors import UsageError
 from bpf.spec.fields import bounds, build, choices
-from bpf.spec.run import TUNABLE, GridSpec, RunSpec, digest
+from bpf.spec.grid import TUNABLE, GridSpec
+from bpf.spec.run import RunSpec, digest
 
 RUN = {"dataset": "digits", "algorithm": "dfa"}
 GRID = {"dataset": "digits", "algorithm": "dfa,bp"}

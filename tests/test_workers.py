@@ -30,7 +30,7 @@ from bpf.cli import app as cli
 from bpf.errors import RunError
 from bpf.experiment.directory import Experiment, open_experiment
 from bpf.results import models, summary
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study.owner import Owner
 from bpf.study.plan import Axis, Cell, Row
 from bpf.study.study import Study

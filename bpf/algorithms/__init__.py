@@ -2,7 +2,7 @@
 
 from bpf.algorithms.base import Algorithm, Options, Problem, ProjectionRule, Step
 from bpf.nn.losses import binary_cross_entropy, cross_entropy, predict, squared_error
-from bpf.nn.network import Layer, Network, Trace, random_feedback
+from bpf.nn.network import Layer, Network, Structure, Trace, random_feedback
 
 __all__ = [
     "Algorithm",
@@ -12,6 +12,7 @@ __all__ = [
     "Problem",
     "ProjectionRule",
     "Step",
+    "Structure",
     "Trace",
     "binary_cross_entropy",
     "cross_entropy",

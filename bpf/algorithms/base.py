@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bpf.nn.losses import Loss
 from bpf.nn.network import Layer, Network, Trace
-from bpf.spec.run import Frozen
+from bpf.spec.values import Frozen
 
 
 class Options(Frozen):

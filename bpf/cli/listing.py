@@ -8,7 +8,8 @@ import typer
 from bpf.cli.arguments import AsJson, DataDir, print_json
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec.fields import json_schema
-from bpf.spec.run import GridSpec, RunSpec
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec
 
 
 def algorithms(

@@ -10,7 +10,8 @@ import typer
 from bpf.errors import UsageError
 from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.fields import bounds, choices
-from bpf.spec.run import TUNABLE, RunSpec, Settings
+from bpf.spec.grid import TUNABLE
+from bpf.spec.run import RunSpec, Settings
 
 PANELS = {
     "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),

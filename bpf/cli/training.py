@@ -31,7 +31,8 @@ from bpf.cli.options import is_value, merge, with_spec_options
 from bpf.cli.session import check_targets, command_line, interruptible, observer, show_ranking, show_run, train_all
 from bpf.errors import UsageError
 from bpf.spec.fields import build
-from bpf.spec.run import GridSpec, RunSpec, digest
+from bpf.spec.grid import GridSpec
+from bpf.spec.run import RunSpec, digest
 
 if TYPE_CHECKING:
     from bpf.api import Effort

@@ -22,7 +22,7 @@ from bpf.experiment.provenance import provenance, redacted
 from bpf.experiment.settings import merged, stored_grid
 from bpf.files import explaining, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
-from bpf.spec.run import GridSpec
+from bpf.spec.grid import GridSpec
 from bpf.study.database import Database
 from bpf.study.plan import Cell, Row
 from bpf.study.view import StudyView

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from bpf.errors import UsageError, did_you_mean
 from bpf.spec.fields import choices
-from bpf.spec.run import BOUNDED_ACTIVATIONS, REGULARISATION, TUNABLE, GridSpec, RunSpec, digest, work
+from bpf.spec.grid import REGULARISATION, TUNABLE, GridSpec
+from bpf.spec.run import RunSpec, digest, work
+from bpf.spec.values import BOUNDED_ACTIVATIONS
 from bpf.study.plan import Axis, Cell, Value
 
 if TYPE_CHECKING:

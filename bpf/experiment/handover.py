@@ -19,7 +19,8 @@ from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.experiment.grid import Holes, expand, run_fields, setup, setups, words
 from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
-from bpf.spec.run import TUNABLE, GridSpec, Rate, Settings
+from bpf.spec.grid import TUNABLE, GridSpec, Rate
+from bpf.spec.run import Settings
 from bpf.study.plan import OPEN, Row, Value
 from bpf.study.ranking import Spread, rank
 from bpf.words import counted

@@ -8,7 +8,7 @@ from typing import Any
 from bpf.errors import UsageError
 from bpf.experiment.grid import words
 from bpf.spec.fields import build
-from bpf.spec.run import TUNABLE, GridSpec
+from bpf.spec.grid import TUNABLE, GridSpec
 
 FREE_TO_CHANGE = frozenset({"device"})
 """Settings that say where to train, not what."""

@@ -20,7 +20,8 @@ from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.losses import predict as squashed
 from bpf.registry import ALGORITHMS, Registry
 from bpf.results.models import Model, read
-from bpf.spec.run import TUNABLE, RunSpec
+from bpf.spec.grid import TUNABLE
+from bpf.spec.run import RunSpec
 from bpf.training.cohort import EVALUATION_ROWS
 from bpf.training.feed import SCALES, Feed
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bpf.errors import UsageError, did_you_mean
-from bpf.spec.run import TUNABLE, GridSpec, RunSpec, Settings
+from bpf.spec.grid import TUNABLE, GridSpec
+from bpf.spec.run import RunSpec, Settings
 
 SpecType = TypeVar("SpecType", bound=Settings)
 

@@ -1,101 +1,46 @@
-"""Run specs and grid specs: every setting, its default, its range, and the rules that hold between them.
+"""What a single run is asked to be: every setting, its default, its range, and the rules that hold between them.
 
-A `RunSpec` determines one training run. A `GridSpec` has the same fields, and the tunable ones may be lists.
-Both are frozen pydantic models; the command line, the spec files and the JSON schema are made from them.
+A `RunSpec` determines one training run; `Settings` are the fields that a grid states in the same way. They are frozen
+pydantic models: the command line, the spec files and the JSON schema are made from them.
 """
 
 import hashlib
 import itertools
 import json
 import re
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+
+from bpf.spec.values import (
+    DEFAULT_IMBALANCE_FACTOR,
+    MAX_SEED,
+    ActivationName,
+    Arch,
+    BatchSize,
+    Dropout,
+    FeedbackInit,
+    ForwardInit,
+    Frozen,
+    ImbalanceFactor,
+    LearningRate,
+    LossName,
+    ObjectiveName,
+    OptimizerName,
+    ScalerName,
+    SkewType,
+    WeightDecay,
+    check_device,
+    check_dropout,
+    check_factor,
+    check_interval,
+    one_or_many,
 )
-
-ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
-FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
-ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
-OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
-SkewType = Literal["none", "long_tailed", "step"]
-ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]
-LossName = Literal["ce", "bce", "mse"]
-ScalerName = Literal["standard", "zero_one", "identity"]
-
-BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
-DEFAULT_IMBALANCE_FACTOR = 10.0
-MAX_SEED = 2**31
-MAX_UNITS, MAX_LAYERS = 65_536, 100
-
-
-def _check_arch(value: Any) -> str:
-    text = str(value).strip()
-    if not re.fullmatch(r"\d+(-\d+)*", text):
-        raise ValueError("give the hidden layers' units joined by hyphens, such as 500-500-1000-500")
-    widths = [int(part) for part in text.split("-")]
-    if min(widths) < 1 or max(widths) > MAX_UNITS or len(widths) > MAX_LAYERS:
-        raise ValueError(f"a layer has 1 to {MAX_UNITS} units, and there are at most {MAX_LAYERS} layers")
-    return "-".join(map(str, widths))
-
-
-def _check_interval(value: Any) -> str:
-    found = re.fullmatch(r"0*([1-9]\d{0,8}) *(epochs?|steps?)?", str(value).strip())
-    if not found:
-        raise ValueError("give a number of epochs, such as 5, or of steps, such as 100 steps")
-    return f"{found[1]} steps" if (found[2] or "").startswith("step") else found[1]
-
-
-def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?(,cuda:\d+)*", value):
-        raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
-    return value
-
-
-def _one_or_many(value: Any) -> Any:
-    """`"1e-3,1e-2"`, `["1e-3", "1e-2"]`, `0.1` and `[0.1]` all become a flat list."""
-    flat: list[Any] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        flat += [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
-    if not flat or "" in flat:
-        raise ValueError("the list is empty or has an empty entry")
-    return flat
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-def _all_skews(value: Any) -> Any:
-    values = _one_or_many(value)
-    return list(typing.get_args(SkewType)) if values == ["all"] else values
-
-
-Arch = Annotated[str, BeforeValidator(_check_arch)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
-WeightDecay = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-ImbalanceFactor = Annotated[float, Field(ge=1, le=10_000)]
-BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
-
-
-class Frozen(BaseModel):
-    """Immutable, and an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Settings(Frozen):
@@ -144,16 +89,16 @@ class Settings(Frozen):
     )
     seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of weights, feedback, order, dropout and augmentation.")
     data_seed: int = Field(0, ge=0, lt=MAX_SEED, description="Seed of the subset, the validation split and the skew.")
-    device: Annotated[str, AfterValidator(_check_device)] = Field(
+    device: Annotated[str, AfterValidator(check_device)] = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N, cuda:0,cuda:1,... or mps; auto takes the GPUs where there are any.",
     )
-    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: _one_or_many(v) if v else ())] = Field(
+    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: one_or_many(v) if v else ())] = Field(
         (),
         description="Measurements on a probe batch: bp_cosine, weight_alignment, gradients, weights, local_loss, "
         "activations, or a plugin's.",
     )
-    tracker_every: Annotated[str, BeforeValidator(_check_interval)] = Field(
+    tracker_every: Annotated[str, BeforeValidator(check_interval)] = Field(
         "1", description="How often to measure: every N epochs, or every N steps as in `100 steps`."
     )
     allow_unstable: bool = Field(False, description="Allow combinations known to diverge, such as drtp with relu.")
@@ -242,8 +187,8 @@ class RunSpec(Settings):
 
     @model_validator(mode="after")
     def _run_agrees(self) -> Self:
-        _check_dropout(self.objective, [self.dropout])
-        _check_factor([self.skew_type], self.imbalance_factor is not None)
+        check_dropout(self.objective, [self.dropout])
+        check_factor([self.skew_type], self.imbalance_factor is not None)
         return self
 
     @property
@@ -280,131 +225,3 @@ def digest(value: Any) -> str:
     """16 hexadecimal digits of SHA-256 over canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Rate(Frozen):
-    """The learning rate that an earlier phase found best for one setup of a rule.
-
-    `params` are the setup: the rule's parameters as its cells have them, without `lr` and without what a `val_*`
-    objective tunes (`REGULARISATION`).
-    """
-
-    algorithm: str
-    params: Mapping[str, bool | int | float | str | None]
-    lr: LearningRate
-
-
-REGULARISATION = ("dropout", "weight_decay")
-"""What the objectives on held-out examples tune, with the learning rate of an earlier phase."""
-
-
-def _rates(value: Any) -> Any:
-    if isinstance(value, str):
-        raise ValueError("it holds learning rates; the experiment to take them from is given with --lr-from")
-    return value
-
-
-def _many(item: Any) -> Any:
-    return Annotated[tuple[item, ...], BeforeValidator(_one_or_many), AfterValidator(_distinct), Field(min_length=1)]
-
-
-class GridSpec(Settings):
-    """A run spec whose tunable fields may be lists: the grid is their Cartesian product, per rule."""
-
-    algorithm: _many(str)  # type: ignore[valid-type]
-    arch: _many(Arch) = (  # type: ignore[valid-type]
-        "500",
-        "500-500-500-500-500",
-        "500-1000-500",
-        "1000",
-        "1000-1000",
-        "1000-500-1000",
-    )
-    activation: _many(ActivationName) = ("tanh", "relu", "swish", "lrelu")  # type: ignore[valid-type]
-    batch_norm: _many(bool) = (False, True)  # type: ignore[valid-type]
-    bw_init: _many(FeedbackInit) = ("ortho", "lecun")  # type: ignore[valid-type]
-    init: _many(ForwardInit) = ("orthogonal",)  # type: ignore[valid-type]
-    optimizer: _many(OptimizerName) = ("adam",)  # type: ignore[valid-type]
-    lr: _many(LearningRate) = (0.0001, 0.001, 0.01, 0.1)  # type: ignore[valid-type]
-    weight_decay: _many(WeightDecay) = (0.0,)  # type: ignore[valid-type]
-    batch_size: _many(BatchSize) = (64,)  # type: ignore[valid-type]
-    dropout: _many(Dropout) = (0.0,)  # type: ignore[valid-type]
-    skew_type: Annotated[
-        tuple[SkewType, ...], BeforeValidator(_all_skews), AfterValidator(_distinct), Field(min_length=1)
-    ] = ("none",)
-    imbalance_factor: _many(ImbalanceFactor) = (DEFAULT_IMBALANCE_FACTOR,)  # type: ignore[valid-type]
-    executions_per_trial: int = Field(
-        3, ge=1, le=1000, description="Differently seeded runs of each cell (seed, seed + 1, ...)."
-    )
-    lr_from: Annotated[tuple[Rate, ...], BeforeValidator(_rates)] = Field(
-        (),
-        description="Instead of lr, for val_* objectives: the learning rate of each setup, as `bpf tune --lr-from` "
-        "takes them from an earlier phase and writes them down.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_dropout(cls, values: Any) -> Any:
-        if isinstance(values, dict) and str(values.get("objective", "")).startswith("val_"):
-            return {"dropout": (0.1, 0.2, 0.3, 0.4, 0.5), **values}
-        return values
-
-    @model_validator(mode="after")
-    def _grid_agrees(self) -> Self:
-        _check_dropout(self.objective, self.dropout)
-        _check_factor(self.skew_type, "imbalance_factor" in self.model_fields_set)
-        if self.seed + self.executions_per_trial > MAX_SEED:
-            raise ValueError(
-                f"seed {self.seed} with executions_per_trial {self.executions_per_trial}: executions have the seeds "
-                f"from seed on, which must stay below {MAX_SEED}. Use a smaller seed."
-            )
-        self._check_rates()
-        return self
-
-    def _check_rates(self) -> None:
-        if not self.lr_from:
-            return
-        if not self.objective.startswith("val_"):
-            raise ValueError(
-                f"lr_from with objective {self.objective}: this objective tunes the learning rate itself. "
-                "Use objective val_loss or val_error, or leave lr_from out."
-            )
-        if "lr" in self.model_fields_set:
-            raise ValueError("lr with lr_from: each setup has the learning rate of the earlier phase. Leave one out.")
-        setups = {(rate.algorithm, frozenset(rate.params.items())) for rate in self.lr_from}
-        if len(setups) < len(self.lr_from):
-            raise ValueError("lr_from: a setup has more than one learning rate.")
-
-    @property
-    def awaits_rates(self) -> bool:
-        """Whether learning rates must be taken from an earlier phase before there can be a plan."""
-        return self.objective.startswith("val_") and not self.lr_from and "lr" not in self.model_fields_set
-
-    @model_serializer(mode="wrap")
-    def _one_source_of_rates(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Either `lr` or `lr_from`, so that what is written down says what holds."""
-        fields: dict[str, Any] = dump(self)
-        fields.pop("lr" if self.lr_from else "lr_from", None)
-        return fields
-
-
-TUNABLE = tuple(
-    name for name in GridSpec.model_fields if name in set(RunSpec.model_fields) - set(Settings.model_fields)
-)
-
-
-def _check_dropout(objective: str, rates: typing.Sequence[float]) -> None:
-    if any(rates) and not objective.startswith("val_"):
-        raise ValueError(
-            f"dropout with objective {objective}: dropout regularises, and a training objective cannot see that, so "
-            "it would have no effect but to make the objective worse. Use objective val_loss or val_error, or leave "
-            "dropout out."
-        )
-
-
-def _check_factor(skews: typing.Sequence[str], given: bool) -> None:
-    if given and all(skew == "none" for skew in skews):
-        raise ValueError(
-            "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
-            "Give skew_type long_tailed, step or all, or leave imbalance_factor out."
-        )

@@ -7,8 +7,7 @@ from bpf_feedback_alignment.sdfa import SignDirectFeedbackAlignment
 from bpf_feedback_alignment.shallow import Shallow
 from torch import Tensor
 
-from bpf.algorithms import Algorithm, Network, Problem, Step, cross_entropy
-from bpf.nn.network import Structure
+from bpf.algorithms import Algorithm, Network, Problem, Step, Structure, cross_entropy
 from bpf.testing import AlgorithmContract
 
 RUNS, BATCH, INPUTS, WIDTHS, CLASSES = [(0, "ortho"), (1, "lecun")], 9, 5, (6, 7, 4), 3

@@ -8,8 +8,7 @@ import torch
 from bpf_pepita import Pepita
 from torch import Tensor
 
-from bpf.algorithms import Network, Problem, Step, binary_cross_entropy, cross_entropy
-from bpf.nn.network import Structure
+from bpf.algorithms import Network, Problem, Step, Structure, binary_cross_entropy, cross_entropy
 from bpf.testing import AlgorithmContract
 
 SEEDS, BATCH, INPUTS, WIDTHS, CLASSES, SCALE = [0, 1], 4, 5, (6, 7), 3, 0.3

@@ -1,119 +1,25 @@
-"""The contract that every learning rule keeps, as a suite of tests for its author.
+"""The checks that every learning rule passes."""
 
-In a test module of the plugin, which must be installed:
-
-    from bpf.testing import AlgorithmContract
-
-    class TestMyRule(AlgorithmContract):
-        name = "my-rule"
-
-pytest then runs every check below. All of them train small stacked networks in double precision on the CPU, in
-seconds.
-"""
-
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bpf.algorithms import Algorithm, Layer, Network, Options, Problem, Step
+from bpf.algorithms import Algorithm, Layer, Options
 from bpf.data.cache import load
 from bpf.nn.activations import ACTIVATIONS
-from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Structure
-from bpf.nn.randomness import generator
 from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.fields import choices
-from bpf.spec.run import TUNABLE, RunSpec
+from bpf.spec.grid import TUNABLE
+from bpf.spec.run import RunSpec
+from bpf.testing.bench import RUNS, WIDTHS, Bench, Case, close, explained, global_generators, running, same
 from bpf.training.cohort import Cohort
 
-INPUTS, WIDTHS, CLASSES, BATCH = 5, (6, 4, 7), 3, 8
-RUNS = ((3, "ortho"), (4, "lecun"), (5, "frenkel"))
 GUESSING = 0.8
 """Wrong digits, as a fraction, that a rule must stay below; guessing gives 0.9."""
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of network and task; its text names it in a failure."""
-
-    problem_type: str
-    activation: str = "tanh"
-    batch_norm: bool = False
-    use_bias: bool = True
-    loss: str = "auto"
-    batch: int = BATCH
-    dropout: bool = False
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A rule, prepared networks for it, and one batch of data; everything is determined by `case` and `runs`."""
-
-    case: Case
-    rule: Algorithm
-    network: Network
-    inputs: Tensor
-    target: Tensor
-
-    @classmethod
-    def make(cls, kind: type[Algorithm], options: Mapping[str, Any], case: Case, runs: Any = RUNS) -> "Bench":
-        classifies = case.problem_type == "classification"
-        squash = squash_for(case.problem_type, "standard")
-        rule = kind(kind.Options.model_validate(dict(options)), Problem(case.problem_type, squash))
-        targets = CLASSES if classifies else INPUTS
-        structure = Structure(INPUTS, WIDTHS, targets, case.activation, case.batch_norm, case.use_bias, "torch")
-        seeds, inits = zip(*runs, strict=True)
-        network = Network.build(structure, seeds, inits if kind.has_feedback else None, torch.float64)
-        rule.prepare(network, list(runs))
-        generators = [generator(seed, "contract") for seed in seeds]
-        shape = case.batch, INPUTS
-        inputs = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) * 2 - 1 for g in generators])
-        labels = torch.stack([torch.randint(CLASSES, (case.batch,), generator=g) for g in generators])
-        target = torch.eye(CLASSES, dtype=torch.float64)[labels] if classifies else inputs
-        return cls(case, rule, network, inputs, target)
-
-    def step(self) -> Step:
-        spec = RunSpec.model_construct(problem_type=self.case.problem_type, output_loss=self.case.loss)
-        loss = output_loss(spec.resolved_loss, self.rule.problem.squash)
-        step = Step(self.network, self.inputs, self.target, loss)
-        step.draw_mask = self.mask if self.case.dropout else step.draw_mask
-        return step
-
-    def mask(self, batch: int, units: int) -> Tensor:
-        """Every third unit dropped, shifted from example to example; an example that is repeated has the same mask."""
-        kept = torch.arange(batch)[:, None] % self.case.batch + torch.arange(units) + units
-        return (kept % 3 > 0).to(torch.float64).mul(1.5).repeat(len(self.inputs), 1, 1)
-
-    def run(self) -> Step:
-        """One step onto gradients that were not a number before."""
-        step = self.step()
-        for gradient in self.network.gradients.values():
-            gradient.fill_(torch.nan)
-        with torch.no_grad():
-            self.rule.gradients(step)
-        return step
-
-    def gradients(self) -> Tensors:
-        self.run()
-        return {name: gradient.clone() for name, gradient in self.network.gradients.items()}
-
-    def clean_pass(self) -> tuple[Tensor, Tensors]:
-        """Logits of a training forward pass done here, and the buffers that it leaves behind."""
-        copy = self.network.shadow()
-        h = self.inputs
-        for layer in copy.hidden:
-            mask = self.mask(self.case.batch, layer.units) if self.case.dropout else None
-            h = layer.forward(h, mask).passed_on
-        return copy.output.forward(h).output, copy.buffers
 
 
 class AlgorithmContract:
@@ -166,7 +72,7 @@ class AlgorithmContract:
             assert field.description, f"option {name} has no description; it is the help text"
             assert not field.is_required(), f"option {name} has no default"
             assert isinstance(field.default, bool | int | float | str), f"option {name} must be a number or a word"
-        with _explained("the defaults must be accepted themselves"):
+        with explained("the defaults must be accepted themselves"):
             model.model_validate(model().model_dump(mode="json"))
 
     def test_every_gradient_is_written_and_finite(self) -> None:
@@ -199,18 +105,18 @@ class AlgorithmContract:
             logits, _ = bench.clean_pass()
             step = bench.run()
             assert hasattr(step, "logits"), "step.logits is not set; step.train_output or step.output_error sets it"
-            assert _close(step.logits, logits), (
+            assert close(step.logits, logits), (
                 f"{case}: step.logits are not those of a forward pass of the inputs (by step.forward, for dropout)"
             )
             loss = step.loss(logits, bench.target)[0]
-            assert _close(step.loss_per_example, loss), f"{case}: step.loss_per_example is not the loss of step.logits"
+            assert close(step.loss_per_example, loss), f"{case}: step.loss_per_example is not the loss of step.logits"
 
     def test_gradients_are_of_the_batch_mean(self) -> None:
         """A batch with every example twice has the same mean gradient, with batch norm too."""
         for case in self._structures():
             bench = self._bench(case)
             twice = replace(bench, inputs=bench.inputs.repeat(1, 2, 1), target=bench.target.repeat(1, 2, 1))
-            _same(bench.gradients(), twice.gradients(), f"{case}: not a gradient of the batch mean (a sum?)")
+            same(bench.gradients(), twice.gradients(), f"{case}: not a gradient of the batch mean (a sum?)")
 
     def test_a_cohort_is_its_runs(self) -> None:
         for case in self._structures():
@@ -218,7 +124,7 @@ class AlgorithmContract:
             for i, run in enumerate(RUNS):
                 alone = Bench.make(self.rule(), self.options, case, [run]).gradients()
                 part = {name: gradient[i : i + 1] for name, gradient in together.items()}
-                _same(part, alone, f"{case}: a run's numbers depend on what it is stacked with")
+                same(part, alone, f"{case}: a run's numbers depend on what it is stacked with")
 
     def test_runs_can_leave(self) -> None:
         for case in self._structures():
@@ -226,8 +132,8 @@ class AlgorithmContract:
             inputs, target = bench.inputs[index], bench.target[index]
             fewer = replace(bench, network=bench.network.select(index), inputs=inputs, target=target)
             part = {name: gradient[index] for name, gradient in bench.gradients().items()}
-            with _explained(f"{case}: keep per-run tensors in network.buffers, not in the rule"):
-                _same(part, fewer.gradients(), f"{case}: numbers change when a run leaves")
+            with explained(f"{case}: keep per-run tensors in network.buffers, not in the rule"):
+                same(part, fewer.gradients(), f"{case}: numbers change when a run leaves")
 
     def test_has_no_memory(self) -> None:
         """Trackers ask the same rule for gradients of other batches, in between."""
@@ -235,13 +141,13 @@ class AlgorithmContract:
             bench = self._bench(case)
             first = bench.gradients()
             replace(bench, inputs=bench.inputs[:, :3] + 0.1, target=bench.target[:, :3]).run()
-            _same(first, bench.gradients(), f"{case}: gradients depend on batches seen before")
+            same(first, bench.gradients(), f"{case}: gradients depend on batches seen before")
 
     def test_randomness_comes_from_the_seed(self) -> None:
         for case in self._structures():
             results = []
             for seed in (1, 2):
-                with _global_generators(seed) as state:
+                with global_generators(seed) as state:
                     before = state()
                     results.append(self._bench(case).gradients())
                     assert state() == before, f"{case}: the rule uses a global random generator; use random_feedback"
@@ -260,8 +166,8 @@ class AlgorithmContract:
             for name, tensor in named.items():
                 assert torch.equal(tensor, before[name]), f"{case}: the rule changes {name}"
             for name, tensor in bench.network.buffers.items():
-                why = "has not the running statistics of one forward pass" if name in _running(bench) else "changes"
-                assert _close(tensor, expected[name]), f"{case}: buffer {name} {why}"
+                why = "has not the running statistics of one forward pass" if name in running(bench) else "changes"
+                assert close(tensor, expected[name]), f"{case}: buffer {name} {why}"
 
     def test_feedback_initialisation_means_what_is_declared(self) -> None:
         used = "bw_init" not in self.rule().unused_parameters
@@ -366,49 +272,3 @@ class AlgorithmContract:
         )
         data = load(spec.dataset, Path())
         return Cohort([spec], self.rule(), data, dtype=dtype, layerwise=layerwise)
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-7, atol=1e-10)
-
-
-def _same(actual: Tensors, expected: Tensors, what: str) -> None:
-    for name, tensor in expected.items():
-        assert _close(actual[name], tensor), f"{what}: {name} differs"
-
-
-def _running(bench: Bench) -> set[str]:
-    """Names of the buffers that a forward pass changes."""
-    return set(bench.network.state()) - set(bench.network.parameters)
-
-
-@contextmanager
-def _explained(advice: str) -> Iterator[None]:
-    """Turn what a rule raises into a failure that says what to do."""
-    try:
-        yield
-    except (RuntimeError, LookupError, ValueError) as error:
-        raise AssertionError(f"{advice} ({error})") from error
-
-
-@contextmanager
-def _global_generators(seed: int) -> Iterator[Any]:
-    """Seed the global generators of torch, NumPy and Python, and put them back afterwards.
-
-    Gives a function that returns their state.
-    """
-
-    def state() -> tuple[bytes, ...]:
-        numpy_state = np.random.get_state(legacy=False)
-        return bytes(torch.get_rng_state().tolist()), repr(numpy_state).encode(), repr(random.getstate()).encode()
-
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield state
-    finally:
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])

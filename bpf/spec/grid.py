@@ -1,0 +1,143 @@
+"""What a grid is asked to be: a run spec whose tunable fields are lists."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from bpf.spec.run import RunSpec, Settings
+from bpf.spec.values import (
+    DEFAULT_IMBALANCE_FACTOR,
+    MAX_SEED,
+    ActivationName,
+    Arch,
+    BatchSize,
+    Dropout,
+    FeedbackInit,
+    ForwardInit,
+    Frozen,
+    ImbalanceFactor,
+    LearningRate,
+    OptimizerName,
+    SkewType,
+    WeightDecay,
+    all_skews,
+    check_dropout,
+    check_factor,
+    distinct,
+    many,
+)
+
+
+class Rate(Frozen):
+    """The learning rate that an earlier phase found best for one setup of a rule.
+
+    `params` are the setup: the rule's parameters as its cells have them, without `lr` and without what a `val_*`
+    objective tunes (`REGULARISATION`).
+    """
+
+    algorithm: str
+    params: Mapping[str, bool | int | float | str | None]
+    lr: LearningRate
+
+
+REGULARISATION = ("dropout", "weight_decay")
+"""What the objectives on held-out examples tune, with the learning rate of an earlier phase."""
+
+
+def _rates(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("it holds learning rates; the experiment to take them from is given with --lr-from")
+    return value
+
+
+class GridSpec(Settings):
+    """A run spec whose tunable fields may be lists: the grid is their Cartesian product, per rule."""
+
+    algorithm: many(str)  # type: ignore[valid-type]
+    arch: many(Arch) = (  # type: ignore[valid-type]
+        "500",
+        "500-500-500-500-500",
+        "500-1000-500",
+        "1000",
+        "1000-1000",
+        "1000-500-1000",
+    )
+    activation: many(ActivationName) = ("tanh", "relu", "swish", "lrelu")  # type: ignore[valid-type]
+    batch_norm: many(bool) = (False, True)  # type: ignore[valid-type]
+    bw_init: many(FeedbackInit) = ("ortho", "lecun")  # type: ignore[valid-type]
+    init: many(ForwardInit) = ("orthogonal",)  # type: ignore[valid-type]
+    optimizer: many(OptimizerName) = ("adam",)  # type: ignore[valid-type]
+    lr: many(LearningRate) = (0.0001, 0.001, 0.01, 0.1)  # type: ignore[valid-type]
+    weight_decay: many(WeightDecay) = (0.0,)  # type: ignore[valid-type]
+    batch_size: many(BatchSize) = (64,)  # type: ignore[valid-type]
+    dropout: many(Dropout) = (0.0,)  # type: ignore[valid-type]
+    skew_type: Annotated[
+        tuple[SkewType, ...], BeforeValidator(all_skews), AfterValidator(distinct), Field(min_length=1)
+    ] = ("none",)
+    imbalance_factor: many(ImbalanceFactor) = (DEFAULT_IMBALANCE_FACTOR,)  # type: ignore[valid-type]
+    executions_per_trial: int = Field(
+        3, ge=1, le=1000, description="Differently seeded runs of each cell (seed, seed + 1, ...)."
+    )
+    lr_from: Annotated[tuple[Rate, ...], BeforeValidator(_rates)] = Field(
+        (),
+        description="Instead of lr, for val_* objectives: the learning rate of each setup, as `bpf tune --lr-from` "
+        "takes them from an earlier phase and writes them down.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dropout(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("objective", "")).startswith("val_"):
+            return {"dropout": (0.1, 0.2, 0.3, 0.4, 0.5), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _grid_agrees(self) -> Self:
+        check_dropout(self.objective, self.dropout)
+        check_factor(self.skew_type, "imbalance_factor" in self.model_fields_set)
+        if self.seed + self.executions_per_trial > MAX_SEED:
+            raise ValueError(
+                f"seed {self.seed} with executions_per_trial {self.executions_per_trial}: executions have the seeds "
+                f"from seed on, which must stay below {MAX_SEED}. Use a smaller seed."
+            )
+        self._check_rates()
+        return self
+
+    def _check_rates(self) -> None:
+        if not self.lr_from:
+            return
+        if not self.objective.startswith("val_"):
+            raise ValueError(
+                f"lr_from with objective {self.objective}: this objective tunes the learning rate itself. "
+                "Use objective val_loss or val_error, or leave lr_from out."
+            )
+        if "lr" in self.model_fields_set:
+            raise ValueError("lr with lr_from: each setup has the learning rate of the earlier phase. Leave one out.")
+        setups = {(rate.algorithm, frozenset(rate.params.items())) for rate in self.lr_from}
+        if len(setups) < len(self.lr_from):
+            raise ValueError("lr_from: a setup has more than one learning rate.")
+
+    @property
+    def awaits_rates(self) -> bool:
+        """Whether learning rates must be taken from an earlier phase before there can be a plan."""
+        return self.objective.startswith("val_") and not self.lr_from and "lr" not in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _one_source_of_rates(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Either `lr` or `lr_from`, so that what is written down says what holds."""
+        fields: dict[str, Any] = dump(self)
+        fields.pop("lr" if self.lr_from else "lr_from", None)
+        return fields
+
+
+TUNABLE = tuple(
+    name for name in GridSpec.model_fields if name in set(RunSpec.model_fields) - set(Settings.model_fields)
+)

@@ -1,0 +1,98 @@
+"""The values that settings take: words, numbers in their ranges, lists of them, and how they may be written."""
+
+import re
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
+FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
+ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
+OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
+SkewType = Literal["none", "long_tailed", "step"]
+ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]
+LossName = Literal["ce", "bce", "mse"]
+ScalerName = Literal["standard", "zero_one", "identity"]
+
+BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
+DEFAULT_IMBALANCE_FACTOR = 10.0
+MAX_SEED = 2**31
+MAX_UNITS, MAX_LAYERS = 65_536, 100
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_arch(value: Any) -> str:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise ValueError("give the hidden layers' units joined by hyphens, such as 500-500-1000-500")
+    widths = [int(part) for part in text.split("-")]
+    if min(widths) < 1 or max(widths) > MAX_UNITS or len(widths) > MAX_LAYERS:
+        raise ValueError(f"a layer has 1 to {MAX_UNITS} units, and there are at most {MAX_LAYERS} layers")
+    return "-".join(map(str, widths))
+
+
+def check_interval(value: Any) -> str:
+    found = re.fullmatch(r"0*([1-9]\d{0,8}) *(epochs?|steps?)?", str(value).strip())
+    if not found:
+        raise ValueError("give a number of epochs, such as 5, or of steps, such as 100 steps")
+    return f"{found[1]} steps" if (found[2] or "").startswith("step") else found[1]
+
+
+def check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?(,cuda:\d+)*", value):
+        raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
+    return value
+
+
+def one_or_many(value: Any) -> Any:
+    """`"1e-3,1e-2"`, `["1e-3", "1e-2"]`, `0.1` and `[0.1]` all become a flat list."""
+    flat: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        flat += [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
+    if not flat or "" in flat:
+        raise ValueError("the list is empty or has an empty entry")
+    return flat
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def all_skews(value: Any) -> Any:
+    values = one_or_many(value)
+    return list(typing.get_args(SkewType)) if values == ["all"] else values
+
+
+def many(item: Any) -> Any:
+    return Annotated[tuple[item, ...], BeforeValidator(one_or_many), AfterValidator(distinct), Field(min_length=1)]
+
+
+Arch = Annotated[str, BeforeValidator(check_arch)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+WeightDecay = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+ImbalanceFactor = Annotated[float, Field(ge=1, le=10_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def check_dropout(objective: str, rates: typing.Sequence[float]) -> None:
+    if any(rates) and not objective.startswith("val_"):
+        raise ValueError(
+            f"dropout with objective {objective}: dropout regularises, and a training objective cannot see that, so "
+            "it would have no effect but to make the objective worse. Use objective val_loss or val_error, or leave "
+            "dropout out."
+        )
+
+
+def check_factor(skews: typing.Sequence[str], given: bool) -> None:
+    if given and all(skew == "none" for skew in skews):
+        raise ValueError(
+            "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
+            "Give skew_type long_tailed, step or all, or leave imbalance_factor out."
+        )
