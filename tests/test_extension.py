@@ -23,7 +23,7 @@ GRID = [
     *("--bw-init", "ortho", "--objective", "val_loss", "--dropout", "0,0.1", "--examples-frac", "1"),
     *("--workers", "1", "--quiet"),
 ]
-OLD = Path(__file__).parent / "data" / "experiment-0.1.tar.xz"
+DATA = Path(__file__).parent / "data"
 
 
 def run(*arguments: str) -> int:
@@ -256,12 +256,12 @@ def test_cleaning_removes_what_nothing_needs(tmp_path: Path, capsys: pytest.Capt
 # Older formats
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A grid of bpf 0.1 whose second cohort was killed in its third epoch."""
-    with tarfile.open(OLD) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "old"
+@pytest.fixture(params=["0.1", "0.2"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A grid of an older bpf whose second cohort was killed in its third epoch."""
+    with tarfile.open(DATA / f"experiment-{request.param}.tar.xz") as archive:
+        archive.extractall(tmp_path / request.param, filter="data")
+    return tmp_path / request.param / "old"
 
 
 def blurred(value: Any, name: str = "") -> Any:
@@ -273,11 +273,12 @@ def blurred(value: Any, name: str = "") -> Any:
     return float(np.float32(value)) if name.endswith("error") and isinstance(value, float) else value
 
 
-def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
+def test_an_experiment_of_an_older_bpf_goes_on(old: Path, tmp_path: Path) -> None:
     options = [
         *("--dataset", "digits", "--algorithm", "bp,drtp", "--arch", "8", "--activation", "tanh", "--no-batch-norm"),
         *("--bw-init", "ortho", "--lr", "0.001,0.01", "--epochs", "4", "--examples-frac", "0.5"),
         *("--executions-per-trial", "2", "--workers", "1", "--quiet"),
+        *(word for name in open_experiment(old).grid.trackers for word in ("--tracker", name)),
     ]
     assert run("resume", str(old), "--workers", "1", "--quiet") == 0
     assert run("tune", str(tmp_path / "new"), *options) == 0
@@ -288,7 +289,7 @@ def test_an_experiment_of_bpf_0_1_goes_on(old: Path, tmp_path: Path) -> None:
     assert run("tune", str(old), *options) == 0, "the same command opens it, too"
 
 
-def test_an_experiment_of_bpf_0_1_is_read(old: Path) -> None:
+def test_an_experiment_of_an_older_bpf_is_read(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = open_experiment(old)
     assert summary.status(experiment)["cells"] | {"total": 4} == {
         "total": 4, "pending": 0, "interrupted": 2, "running": 0, "complete": 2, "diverged": 0, "failed": 0,
@@ -297,5 +298,12 @@ def test_an_experiment_of_bpf_0_1_is_read(old: Path) -> None:
     assert all(row.cost > 0 for row in complete)
     assert [len(summary.history(experiment, row.key)) for row in complete] == [2, 2]
     provenance = summary.provenance(experiment)
-    assert provenance["sessions"][0]["command"].startswith("bpf tune old --dataset digits")
-    assert provenance["sessions"][-1]["versions"]["bpf"] == "0.1.0"
+    assert provenance["sessions"][0]["command"].startswith("bpf tune old")
+    assert provenance["sessions"][-1]["versions"]["bpf"] == f"{old.parent.name}.0"
+    assert run("report", str(old), "--output", str(old.parent / "page.html")) == 0
+    assert "<th class=\"number\">complete</th>" in (old.parent / "page.html").read_text()
+    for model in (old / "models").glob("*/*"):  # bpf 0.1 kept none
+        assert run("evaluate", str(model), "--json") == 0
+        scores = json.loads(capsys.readouterr().out.rpartition("page.html\n")[2])
+        executions = [execution for row in complete for execution in (row.result or {})["executions"]]
+        assert scores["error"] in [execution["test"]["error"] for execution in executions]
