@@ -4,10 +4,10 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 SOURCES := bpf plugins tests benchmarks
 
-.PHONY: help install demo test chaos lint format bench clean
+.PHONY: help install demo test test-all chaos lint format bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: .venv/.installed  ## make .venv with bpf, its plugins and the development tools
 
@@ -21,7 +21,10 @@ demo: install  ## run a real grid over five learning rules on the embedded data 
 	$(BIN)/bpf tune runs/demo --spec examples/demo.yaml
 	$(BIN)/bpf report runs/demo
 
-test: install  ## run every test
+test: install  ## run the tests, but for those that take long
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: install  ## run every test: also kills at every place, browsers, servers that restart, real images
 	$(BIN)/python -m pytest -n auto
 
 chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out

@@ -1,9 +1,10 @@
-"""Services for the tests that need one."""
+"""Services for the tests that need one, and a line of progress for whoever waits for them."""
 
 import os
 import secrets
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,47 @@ from servers import PostgresServer
 # A job in the background ignores Ctrl-C, and hands that down to processes that tests start and then interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Progress:
+    """A line for each tenth of the tests and one for each failure, in place of a character for each test."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins, self._total = config.pluginmanager, 0
+        self._began, self._ended, self._told = time.monotonic(), set[str](), 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._total = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: list[str]) -> None:
+        self._total = len(ids)
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
+        if report.failed:
+            return "failed" if report.when == "call" else "error", "", ""
+        return report.outcome if report.skipped or report.when == "call" else "", "", ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._say(f"{report.outcome.upper()} {report.nodeid}")
+        if report.when == "teardown":
+            self._ended.add(report.nodeid)
+            tenths = 10 * len(self._ended) // self._total
+            if tenths > self._told:
+                self._told = tenths
+                seconds = time.monotonic() - self._began
+                self._say(f"{10 * tenths:3} %  {len(self._ended)} of {self._total} tests, {seconds:.0f} s")
+
+    def _say(self, line: str) -> None:
+        terminal = self._plugins.get_plugin("terminalreporter")
+        terminal.ensure_newline()
+        terminal.write_line(line)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.verbose < 1 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config), "bpf-progress")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ LONGEST_DELAY = 0.5
 NEVER_SHOWN = ("Traceback", "locked", "bug in bpf")
 
 
+@pytest.mark.slow
 def test_a_grid_survives_any_number_of_kills(tmp_path: Path) -> None:
     began = time.monotonic()
     with Command(tmp_path / "undisturbed", "tune", str(tmp_path / "grid"), *GRID, "--workers", "1") as command:

@@ -445,7 +445,7 @@ def interrupt(work: Path, *signals: signal.Signals) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interruption_loses_nothing(bpf_: Bpf, work: Path, number: signal.Signals) -> None:
     outcome = interrupt(work, number)
     expected = "Stopped, and everything is stored. Go on with: bpf resume ex\n"

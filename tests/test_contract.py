@@ -333,10 +333,12 @@ def test_the_guides_blocks_are_all_known():
     assert len([line for line in body.splitlines() if line.strip()]) <= 10
 
 
+@pytest.mark.slow
 def test_the_guides_contract_tests_pass(guide):
     assert " passed" in run(guide, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
 
+@pytest.mark.slow
 def test_the_guides_commands_work(guide):
     commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
     bpf = str(Path(sys.executable).with_name("bpf"))

@@ -322,6 +322,7 @@ def test_a_later_start_imports_no_torchvision_and_needs_no_raw_files(tmp_path):
     assert outputs == [("30 True\n", ""), ("30 False\n", "")]
 
 
+@pytest.mark.slow
 def test_the_real_fashion_mnist(tmp_path, no_network):
     source = os.environ.get("BPF_TEST_FASHION_MNIST")
     if not source:

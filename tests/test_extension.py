@@ -301,7 +301,7 @@ def test_an_experiment_of_an_older_bpf_is_read(old: Path, capsys: pytest.Capture
     assert provenance["sessions"][0]["command"].startswith("bpf tune old")
     assert provenance["sessions"][-1]["versions"]["bpf"] == f"{old.parent.name}.0"
     assert run("report", str(old), "--output", str(old.parent / "page.html")) == 0
-    assert "<th class=\"number\">complete</th>" in (old.parent / "page.html").read_text()
+    assert '<th class="number">complete</th>' in (old.parent / "page.html").read_text()
     for model in (old / "models").glob("*/*"):  # bpf 0.1 kept none
         assert run("evaluate", str(model), "--json") == 0
         scores = json.loads(capsys.readouterr().out.rpartition("page.html\n")[2])

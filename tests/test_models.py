@@ -258,6 +258,7 @@ assert not any(name.startswith("bpf.") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_what_torch_saves_of_a_module_runs_where_bpf_is_not(model, tmp_path, digits):
     module, images = models.load(model), digits.test_images
     torch.save(module, tmp_path / "module.pt")

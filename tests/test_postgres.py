@@ -347,6 +347,7 @@ def test_experiments_in_one_database_do_not_mix(url: str, study: Study, owner: O
     assert str(raised.value) == f"{study.database} has several experiments. Known: mine, yours."
 
 
+@pytest.mark.slow
 def test_four_processes_create_at_once(url: str, child: Any) -> None:
     script = """
         import sys
@@ -436,6 +437,7 @@ BUSY_CHILD = """
 """
 
 
+@pytest.mark.slow
 def test_eight_processes_and_two_restarts_run_each_cell_once(postgres_own_server: PostgresServer, child: Any) -> None:
     url, rates = postgres_own_server.url(), many(300)
     planned(url, [rates]).close()
@@ -917,6 +919,7 @@ def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
     )
 
 
+@pytest.mark.slow
 def test_a_worker_joins_with_what_the_environment_says(
     url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -52,7 +52,10 @@ def states(directory: Path) -> list[str]:
     return [row.state for row in summary.rows(open_experiment(directory))]
 
 
-@pytest.mark.parametrize("names", [["bpf"], ["statistics", "random", "queue", "selectors", "socket"]])
+@pytest.mark.parametrize(
+    "names",
+    [["bpf"], pytest.param(["statistics", "random", "queue", "selectors", "socket"], marks=pytest.mark.slow)],
+)
 def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tmp_path: Path) -> None:
     """As for any command: Python puts only the directory of its script first."""
     here, program = tmp_path / "here", tmp_path / "bin" / "bpf"
@@ -64,7 +67,7 @@ def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tm
     assert states(here / "grid") == ["complete"]
 
 
-@pytest.mark.parametrize("source", ["script", "standard input"])
+@pytest.mark.parametrize("source", ["script", pytest.param("standard input", marks=pytest.mark.slow)])
 def test_a_script_needs_no_guard(source: str, tmp_path: Path) -> None:
     script = f"""
         import bpf
@@ -79,6 +82,7 @@ def test_a_script_needs_no_guard(source: str, tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "once\nTrue\n", "")
 
 
+@pytest.mark.slow
 def test_a_rule_beside_a_script_need_not_be_installed(tmp_path: Path) -> None:
     info = tmp_path / "code" / "mine-1.0.dist-info"
     info.mkdir(parents=True)

@@ -28,6 +28,8 @@ needs_images = pytest.mark.skipif(
     SOURCE is None, reason="BPF_TEST_FASHION_MNIST does not say where the original files are"
 )
 
+pytestmark = pytest.mark.slow
+
 
 @needs_images
 @pytest.mark.parametrize(("rule", "most"), [("bp", 0.15), ("dfa", 0.15), ("ll-cce", 0.15), ("drtp", 0.20)])

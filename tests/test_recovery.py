@@ -47,28 +47,55 @@ def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "places",
     [
-        (
-            "before bpf.study.study:Study.claim",
-            "after bpf.study.trials:Trials.begin",
-            "after bpf.study.study:Study.claim",
+        pytest.param(
+            (
+                "before bpf.study.study:Study.claim",
+                "after bpf.study.trials:Trials.begin",
+                "after bpf.study.study:Study.claim",
+            ),
+            id="claim",
+            marks=pytest.mark.slow,
         ),
-        ("before bpf.training.cohort:Cohort.run_epoch", "after bpf.training.cohort:Cohort.run_epoch"),
-        ("after bpf.nn.optim:StackedOptimizer.step", "before bpf.workers.worker:Worker.run"),
-        (
-            "before bpf.training.checkpoint:save",
-            "before os:fsync",
-            "after os:fsync",
-            "after bpf.training.checkpoint:save",
+        pytest.param(
+            ("before bpf.training.cohort:Cohort.run_epoch", "after bpf.training.cohort:Cohort.run_epoch"),
+            id="epoch",
+            marks=pytest.mark.slow,
         ),
-        ("before bpf.results.models:save", "after bpf.results.models:save"),
-        (
-            "before bpf.study.study:Study.finish",
-            "after bpf.study.trials:Trials.end",
-            "after bpf.study.study:Study.finish",
+        pytest.param(
+            ("after bpf.nn.optim:StackedOptimizer.step", "before bpf.workers.worker:Worker.run"),
+            id="step",
+            marks=pytest.mark.slow,
         ),
-        ("before bpf.workers.worker:Worker._discard_models", "before bpf.workers.worker:Worker._discard_checkpoint"),
+        pytest.param(
+            (
+                "before bpf.training.checkpoint:save",
+                "before os:fsync",
+                "after os:fsync",
+                "after bpf.training.checkpoint:save",
+            ),
+            id="checkpoint",
+        ),
+        pytest.param(
+            ("before bpf.results.models:save", "after bpf.results.models:save"), id="model", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (
+                "before bpf.study.study:Study.finish",
+                "after bpf.study.trials:Trials.end",
+                "after bpf.study.study:Study.finish",
+            ),
+            id="finish",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (
+                "before bpf.workers.worker:Worker._discard_models",
+                "before bpf.workers.worker:Worker._discard_checkpoint",
+            ),
+            id="discard",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["claim", "epoch", "step", "checkpoint", "model", "finish", "discard"],
 )
 def test_a_worker_killed_at_any_place_is_started_again_and_the_numbers_are_the_same(
     places: tuple[str, ...], undisturbed: dict[str, Any], tmp_path: Path
@@ -88,6 +115,7 @@ def test_a_worker_killed_at_any_place_is_started_again_and_the_numbers_are_the_s
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "places",
     [
@@ -139,6 +167,7 @@ def test_the_command_goes_on_while_the_workers_of_a_killed_one_still_end(
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """As long as a cohort gets further it is not trained apart, which would throw its checkpoint away."""
     directory = tmp_path / "grid"
@@ -157,6 +186,7 @@ def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str,
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the process is found in /proc")
 def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
     undisturbed: dict[str, Any], tmp_path: Path

@@ -697,6 +697,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 # In a browser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_a_browser_shows_the_page_without_a_request_or_an_error(page, tmp_path, width, dark):
     shown = check_page(page[2], "report", width, dark, tmp_path / "profile")

@@ -238,6 +238,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 # Many at once
 
 
+@pytest.mark.slow
 def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     rates = Axis("lr", [float(1 + number) for number in range(300)], low=1e-10, high=1e3, log=True)
@@ -274,6 +275,7 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         assert GridSampler(study.search_space("dfa")).is_exhausted(read)
 
 
+@pytest.mark.slow
 def test_a_supervisor_waits_for_workers_elsewhere_and_takes_over_from_dead_ones(
     tmp_path: Path, start: Callable[..., Process]
 ) -> None:
@@ -303,6 +305,7 @@ def test_a_supervisor_waits_for_workers_elsewhere_and_takes_over_from_dead_ones(
 # Rules that harm their process
 
 
+@pytest.mark.slow
 def test_cells_that_kill_their_process_are_set_aside_and_the_others_complete(
     troubled: Troubled, start: Callable[..., Process], bpf: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -520,6 +523,7 @@ def test_a_full_disk_is_waited_out(tmp_path: Path, start: Callable[..., Process]
     assert not list((tmp_path / "grid").rglob(".*.pt.*"))
 
 
+@pytest.mark.slow
 def test_a_study_on_a_full_disk_is_waited_out_and_ctrl_c_ends_the_wait(
     tmp_path: Path, start: Callable[..., Process]
 ) -> None:
@@ -591,6 +595,7 @@ def test_a_database_that_is_gone_for_good_costs_no_epoch(
 # Requests to stop
 
 
+@pytest.mark.slow
 def test_signals_stop_a_worker_and_a_supervisor_which_release_everything(
     troubled: Troubled, start: Callable[..., Process], tmp_path: Path
 ) -> None:
@@ -628,6 +633,7 @@ def test_signals_stop_a_worker_and_a_supervisor_which_release_everything(
     assert outcomes(experiment) == outcomes(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_what_hangs(
     troubled: Troubled, start: Callable[..., Process], tmp_path: Path
 ) -> None:
