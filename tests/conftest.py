@@ -34,7 +34,7 @@ class Progress:
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
         if report.failed:
-            return "failed" if report.when == "call" else "error", "", ""
+            return ("failed", "", "FAILED") if report.when == "call" else ("error", "", "ERROR")
         return report.outcome if report.skipped or report.when == "call" else "", "", ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

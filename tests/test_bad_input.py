@@ -1371,7 +1371,7 @@ def test_out_of_memory_before_the_first_epoch(bpf_: Bpf, work: Path) -> None:
     (work / "limit").write_text("1")
     outcome = bpf_(grid)
     assert outcome.code == 0
-    halves = [f"{what}, {runs} runs together; it is tried again with {runs // 2}.\n" for runs in (6, 2)]
+    halves = [f"{what}, {runs} executions together; it is tried again with {runs // 2}.\n" for runs in (6, 2)]
     assert outcome.err == "".join(halves)
     assert "out of memory: 3 now complete\n" in bpf_("status ex").out
     (work / "limit").unlink()
@@ -1391,7 +1391,7 @@ def test_a_cell_that_needs_more_memory_than_there_is_fails(bpf_: Bpf, work: Path
     [failure] = json.loads(bpf_("status ex --failed --json").out)
     assert (failure["cause"], failure["error"]) == (
         "memory",
-        "Out of memory training fragile with arch 8 and batch_size 64 on cpu, one run alone. "
+        "Out of memory training fragile with arch 8 and batch_size 64 on cpu, one execution alone. "
         "Use a smaller arch or batch_size.",
     )
     assert "out of memory: 1 failed\n" in bpf_("status ex").out

@@ -259,7 +259,7 @@ def test_quiet_shows_the_result_and_no_progress(bpf_: Bpf) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("\nRanked by loss")
     loud = bpf_(GRID.replace("ex", "other", 1).replace(" -q", " --lr 0.1"))
-    assert loud.out.startswith("rule  cells  runs  grid")
+    assert loud.out.startswith("rule  cells  executions  grid")
     assert loud.err.startswith("1/1 ")
 
 
@@ -555,7 +555,7 @@ def test_status_names_the_workers(bpf_: Bpf, work: Path) -> None:
     assert "worker died: 1 now complete\n" in bpf_("status ex").out
 
 
-# Where the numbers come from
+# How an experiment was made
 
 
 def test_show(bpf_: Bpf, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

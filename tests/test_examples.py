@@ -1,4 +1,4 @@
-"""The README's commands and the spec files in `examples/` do what they say, on small data."""
+"""The commands of the README and the guide, and the spec files in `examples/` do what they say, on small data."""
 
 import gzip
 import itertools
@@ -20,7 +20,8 @@ from bpf.results import summary
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").iterdir())
-COMMANDS = re.findall(r"^\$ (bpf [^#\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+PAGES = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/GUIDE.md"))
+COMMANDS = list(dict.fromkeys(command.strip() for command in re.findall(r"^\$ (bpf [^#\n]*)", PAGES, re.MULTILINE)))
 SMALL = {"--epochs": "1", "--arch": "6", "--lr": "0.001", "--executions-per-trial": "1", "--examples-frac": "1"}
 
 
@@ -74,7 +75,7 @@ def shortened(arguments: Sequence[str], spec: dict[str, Any] | None = None) -> l
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] == "tune"])
-def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
+def test_tune_commands_of_the_pages_run(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command.replace(" examples/", f" {ROOT}/examples/"))[1:]
     if "--dry-run" in arguments:
         run(arguments)
@@ -90,10 +91,10 @@ def test_readme_tune_commands_run(command: str, tmp_path: Path) -> None:
         assert {row.rule for row in rows} == set(fixed["--algorithm"].split(","))
 
 
-def test_the_readmes_two_phases(tmp_path: Path) -> None:
+def test_the_guides_two_phases(tmp_path: Path) -> None:
     size = [word for option, value in SMALL.items() if option != "--lr" for word in (option, value)]
     for name, rates in (("learning-rates", ["--lr", "0.001,0.01"]), ("dropout", [])):
-        assert f"bpf tune --spec examples/{name}.yaml" in [command.strip() for command in COMMANDS]
+        assert f"bpf tune --spec examples/{name}.yaml" in COMMANDS
         run(["tune", "--spec", str(ROOT / "examples" / f"{name}.yaml"), *size, *rates, "--quiet"])
     rows = summary.rows(open_experiment(tmp_path / "runs" / "fmnist-bp+dfa-val_loss"))
     assert {row.spec["lr"] for row in rows} <= {0.001, 0.01}
@@ -101,7 +102,7 @@ def test_the_readmes_two_phases(tmp_path: Path) -> None:
     assert len({row.params["dropout"] for row in rows}) > 1
 
 
-def test_readme_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_of_the_pages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [shlex.split(c)[1:] for c in COMMANDS if c.split()[1] not in ("tune", "resume")]
     known = {"status", "best", "train", "report", "export", "show", "clean", "algorithms", "datasets"}
     assert {arguments[0] for arguments in others} == known

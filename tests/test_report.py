@@ -600,11 +600,11 @@ def test_a_single_run_has_a_report(tmp_path):
 
 
 def test_only_the_best_cells_histories_are_read(experiments, tmp_path, monkeypatch):
-    from bpf.study.study import Study
+    from bpf.study.view import StudyView
 
     read = []
-    history = Study.history
-    monkeypatch.setattr(Study, "history", lambda study, key: read.append(key) or history(study, key))
+    history = StudyView.history
+    monkeypatch.setattr(StudyView, "history", lambda study, key: read.append(key) or history(study, key))
     report([open_experiment(experiments[0])], tmp_path / "page.html")
     assert len(read) == 3
 

@@ -460,7 +460,7 @@ def test_out_of_memory_fewer_runs_are_stacked(
     assert (code, out, err.splitlines()[:3]) == (
         0,
         "",
-        [f"{what}, {runs} runs together; it is tried again with {runs // 2}." for runs in (8, 4, 2)],
+        [f"{what}, {runs} executions together; it is tried again with {runs // 2}." for runs in (8, 4, 2)],
     )
     assert [*dict.fromkeys(stacked)] == [8, 4, 2, 1]
     assert {row.cause for row in summary.rows(experiment)} == {"memory"}
@@ -482,7 +482,7 @@ def test_out_of_memory_with_one_run_a_cell_fails(
     guilty = by_feedback(experiment)[GUILTY]
     assert (guilty.state, guilty.cause) == ("failed", "memory")
     assert guilty.error == (
-        "Out of memory training dfa with arch 8 and batch_size 64 on cpu, one run alone. Use a smaller arch or "
+        "Out of memory training dfa with arch 8 and batch_size 64 on cpu, one execution alone. Use a smaller arch or "
         "batch_size."
     )
     assert_close(experiment, undisturbed, set(FOUR) - {GUILTY})

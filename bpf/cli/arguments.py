@@ -100,7 +100,7 @@ Notify = Annotated[
 KeepCheckpoints = Annotated[
     bool,
     typer.Option(
-        "--keep-checkpoints", help="Keep those of finished cells, so that the same runs can go on for more epochs."
+        "--keep-checkpoints", help="Keep those of finished cells, so that their executions can go on for more epochs."
     ),
 ]
 

@@ -13,7 +13,8 @@ Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/d
 def evaluate(
     model: Model,
     dataset: Annotated[
-        str | None, typer.Option(help="The data set; by default that of its run.", metavar="NAME", show_default=False)
+        str | None,
+        typer.Option(help="The data set; by default the one it was trained on.", metavar="NAME", show_default=False),
     ] = None,
     part: Annotated[str, typer.Option(help="Of the data set.", metavar="test|val|train")] = "test",
     data_dir: DataDir = Path("data"),

@@ -38,7 +38,12 @@ PANELS = {
     "Augmentation": ("brightness", "rotation", "zoom", "translation"),
     "Execution": ("executions_per_trial", "seed", "device", "trackers", "tracker_every"),
 }
-ALIASES = {"epochs": "--num-epochs", "trackers": "--tracker", "options": "--option"}
+ALIASES = {
+    "epochs": "--num-epochs",
+    "trackers": "--tracker",
+    "options": "--option",
+    "executions_per_trial": "--executions",
+}
 FLAGS = ("batch_norm", "use_bias", "allow_unstable")
 LISTS = ("trackers", "options")
 

@@ -12,6 +12,7 @@ import typer
 
 from bpf.cli.arguments import TOP, AsJson, Directory, Storage, opened, print_json
 from bpf.errors import UsageError, did_you_mean
+from bpf.words import counted
 
 if TYPE_CHECKING:
     from bpf.experiment.directory import Experiment
@@ -113,7 +114,7 @@ def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json:
 
 
 def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
-    """Where an experiment's numbers come from: its spec, and for each start the command, versions, git and hardware."""
+    """How an experiment was made: its spec, and for each start the command, versions, git and hardware."""
     from bpf.console import tables
     from bpf.results import summary
 
@@ -243,7 +244,7 @@ def report(
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Write one page on experiments: tables, figures, where the numbers come from. It opens offline."""
+    """Write one page on experiments: tables, figures, and how the results were made. It opens offline."""
     from bpf.files import check_output
     from bpf.report import report as write
 
@@ -284,7 +285,7 @@ def tensorboard(
     folders = [experiment.directory / "tensorboard" for experiment in experiments]
     for experiment, folder in zip(experiments, folders, strict=True):
         count = tensorboard.write(experiment, folder)
-        typer.echo(f"{count} trials written to {folder}", err=True)
+        typer.echo(f"{counted(count, 'cell')} written to {folder}", err=True)
     if not write_only:
         raise typer.Exit(tensorboard.serve(folders, port))
 

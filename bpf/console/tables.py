@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path) -> None:
-    """How many cells, runs and cohorts each rule has, and what was left out and why."""
+    """How many cells, executions and cohorts each rule has, and what was left out and why."""
     counts = Counter(cell.rule for cell in grid.cells)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rule", "cells", "runs", "grid"):
+    for name in ("rule", "cells", "executions", "grid"):
         table.add_column(name, justify="left" if name in ("rule", "grid") else "right", overflow="fold")
     for rule, axes in grid.axes.items():
         sizes = [f"{len(axis.values)} {axis.name}" for axis in axes if len(axis.values) > 1]

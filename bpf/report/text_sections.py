@@ -154,7 +154,7 @@ def costs(block: Block) -> Section:
         tracking = percent(one.tracking) if one.tracking is not None else "–"
         lines.append([one.rule, *paces, _time(one.total), tracking])
     note = (
-        "Time of one epoch of one execution, over complete cells and without trackers; runs that were trained "
+        "Time of one epoch of one execution, over complete cells and without trackers; executions that were trained "
         "together share their time equally, so structures and hardware matter as much as rules."
     )
     return Section("costs", "Time and memory", tables=[Table(head, lines, note), *_memory(block)])
@@ -202,7 +202,7 @@ def provenance(block: Block) -> Section:
     }
     started = Table(["start", "versions", "git", "hardware"], lines, words=range(4))
     about = Table(["", ""], [["kind", f"bpf {kind}"], *facts], words=(0, 1))
-    return Section("provenance", "Where the numbers come from", [], [about, started], codes=codes)
+    return Section("provenance", "How the results were made", [], [about, started], codes=codes)
 
 
 def _commands(known: Mapping[str, Any]) -> Iterator[str]:

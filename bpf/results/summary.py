@@ -65,7 +65,7 @@ def counts_open(counts: dict[str, int]) -> int:
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """Where the numbers come from: the resolved spec and each start with its command, versions, git and hardware."""
+    """How an experiment was made: the resolved spec and each start with its command, versions, git and hardware."""
     return {
         "experiment": str(experiment.directory),
         "name": experiment.name,

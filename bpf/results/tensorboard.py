@@ -1,7 +1,7 @@
 """An experiment for TensorBoard: what to look at (`write`), and TensorBoard itself (`serve`).
 
 One run per trial, RULE/NAME. Curves of each execution and their mean, for every score and every value of a tracker;
-deciles as histograms; the weights of each rule's best network; and the trial's parameters with what came out.
+deciles as histograms; the weights of each rule's best network; and the cell's parameters with what came out.
 
 The events are put into files here, without TensorBoard's asynchronous writer: that one would import TensorFlow where it
 is installed, and make another file each time instead of replacing the one that is there.
@@ -30,7 +30,7 @@ from bpf.study.ranking import result_columns
 FILE = "events.out.tfevents.bpf"
 BINS = 50
 METRICS = {"objective": "objective", "test/loss": "test_loss", "test/error": "test_error"}
-"""What TensorBoard's table of parameters shows of a trial, by tag, and how the table of results calls it."""
+"""What TensorBoard's table of parameters shows of a cell, by tag, and how the table of results calls it."""
 _QUANTILE = re.compile(r"(.+)\.q(\d+)")
 
 Moment = tuple[float, int]
@@ -39,7 +39,7 @@ Curve = dict[Moment, float]
 
 
 def write(experiment: Experiment, directory: Path) -> int:
-    """Write every trial that has a history below `directory`; returns how many that are.
+    """Write every cell that has a history below `directory`; returns how many that are.
 
     What is there already is replaced, byte for byte by the same unless the experiment has gone on. Scores and trackers
     have the epoch as their step; trackers that measured between epochs have the optimizer's. Raises UsageError if
@@ -58,7 +58,7 @@ def write(experiment: Experiment, directory: Path) -> int:
                 if records := study.history(row.key):
                     weights = _weights(experiment, row) if best and best[0] == row.key else {}
                     path = directory / file_name(rule) / row.name / FILE
-                    events.write(path, _trial(events, row, columns, records, weights))
+                    events.write(path, _cell(events, row, columns, records, weights))
                     written += 1
     return written
 
@@ -95,7 +95,7 @@ class _Events:
     """Makes TensorBoard's events, and writes them into files."""
 
     def __init__(self, began: float) -> None:
-        """`began` is the time, in seconds since 1970, that all trials are shown to begin at."""
+        """`began` is the time, in seconds since 1970, that all cells are shown to begin at."""
         summaries = _tensorboard("compat.proto.summary_pb2")
         self._event, self._summary = _tensorboard("compat.proto.event_pb2").Event, summaries.Summary
         self._histogram = summaries.HistogramProto
@@ -143,20 +143,20 @@ class _Events:
         return self.merged_grid([make(name=name, type=kind, differs=name in several) for name, kind in typed.items()])
 
     def merged_grid(self, parameters: Iterable[Any]) -> Any:
-        """The parameters, as TensorBoard has them, and what comes out of a trial."""
+        """The parameters, as TensorBoard has them, and what comes out of a cell."""
         metrics = [self._api.MetricInfo(name=self._api.MetricName(tag=tag)) for tag in METRICS]
         experiment = self._api.Experiment(hparam_infos=parameters, metric_infos=metrics)
         return self._parameters(self._hparams.EXPERIMENT_TAG, experiment=experiment)
 
     def trial(self, name: str, values: Mapping[str, Any]) -> Any:
-        """The parameters of a trial."""
+        """The parameters of a cell."""
         start = self._data.SessionStartInfo(group_name=name, start_time_secs=self._began)
         for parameter, value in values.items():
             kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
             setattr(start.hparams[parameter], f"{kind}_value", value)
         return self._parameters(self._hparams.SESSION_START_INFO_TAG, session_start_info=start)
 
-    def end_of_trial(self, complete: bool, seconds: float) -> Any:
+    def end_of_cell(self, complete: bool, seconds: float) -> Any:
         status = "STATUS_SUCCESS" if complete else "STATUS_FAILURE"
         end = self._data.SessionEndInfo(status=status, end_time_secs=self._began + seconds)
         return self._parameters(self._hparams.SESSION_END_INFO_TAG, session_end_info=end)
@@ -166,10 +166,10 @@ class _Events:
         return self._summary.Value(tag=tag, metadata=metadata, tensor=self._hparams.NULL_TENSOR)
 
 
-def _trial(
+def _cell(
     events: _Events, row: Row, columns: Columns, records: Sequence[Mapping[str, Any]], weights: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """The events of one trial, in the order of its epochs."""
+    """The events of one cell, in the order of its epochs."""
     cell = {"algorithm": row.rule, **row.chosen}
     given = {name: typed(cell.get(name), kind) for name, kind in columns.items()}
     yield events.at((0.0, 0), [events.trial(row.name, {name: v for name, v in given.items() if v is not None})])
@@ -197,7 +197,7 @@ def _trial(
     outcome, end = result_columns(row), shown[float(epochs), epochs]
     end += [events.scalar(tag, outcome[name]) for tag, name in METRICS.items() if outcome[name] is not None]
     end += [events.histogram(f"network/{name}", *histogram) for name, histogram in weights.items()]
-    end.append(events.end_of_trial(row.state == "complete", seconds))
+    end.append(events.end_of_cell(row.state == "complete", seconds))
     yield from (events.at(moment, shown[moment], seconds / max(1, epochs)) for moment in sorted(shown))
 
 

@@ -84,7 +84,7 @@ class GridSpec(Settings):
     ] = ("none",)
     imbalance_factor: many(ImbalanceFactor) = (DEFAULT_IMBALANCE_FACTOR,)  # type: ignore[valid-type]
     executions_per_trial: int = Field(
-        3, ge=1, le=1000, description="Differently seeded runs of each cell (seed, seed + 1, ...)."
+        3, ge=1, le=1000, description="Executions of each cell: how often it is trained, with seed, seed + 1, ..."
     )
     lr_from: Annotated[tuple[Rate, ...], BeforeValidator(_rates)] = Field(
         (),

@@ -72,7 +72,7 @@ class Settings(Frozen):
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
     early_stopping: int = Field(
-        0, ge=0, description="Stop a run after this many epochs without a better objective; 0 is off."
+        0, ge=0, description="Stop an execution after this many epochs without a better objective; 0 is off."
     )
     brightness: float = Field(
         0.0, ge=0, le=1, description="Augmentation: brightness varies by this fraction; 0 is off."

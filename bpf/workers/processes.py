@@ -18,7 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PRELOADED = ("bpf.workers.worker", "bpf.study.trials", "torch._dynamo")
+PRELOADED = (
+    "bpf.workers.worker",
+    "torch._dynamo",  # by the first step of an optimizer
+    "alembic.command",  # these by Optuna, when it opens a database
+    "alembic.script",
+    "optuna.storages._rdb.models",
+    "sqlalchemy.dialects.sqlite",
+)
 """What workers need. All but the first are imported on first use, which would be in each of them anew."""
 
 _ONE_AT_A_TIME = threading.RLock()

@@ -262,11 +262,11 @@ class Worker:
         if stacked > 1:
             self.study.release(claim, max_runs=stacked // 2, cause="memory")
             self._discard_checkpoint(claim)
-            self.tell(Trouble(f"{what}, {stacked} runs together; it is tried again with {stacked // 2}."))
+            self.tell(Trouble(f"{what}, {stacked} executions together; it is tried again with {stacked // 2}."))
             self.tell(GivenUp())
             return
         cure = "Use a smaller arch or batch_size."
-        self._fail(claim, f"{what} on {self._device}, one run alone. {cure}", "memory")
+        self._fail(claim, f"{what} on {self._device}, one execution alone. {cure}", "memory")
 
     def _raised(self, claim: Claim, trace: str) -> None:
         """A rule raised: its cell has failed. In a cohort each is tried alone, so that only the guilty one fails."""
