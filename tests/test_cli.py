@@ -268,8 +268,8 @@ def test_a_dry_run_writes_nothing(bpf_: Bpf, work: Path) -> None:
     shown = bpf_(command)
     assert (shown.code, shown.err) == (0, "")
     for line in (
-        "dfa      48   144  3 activation × 2 batch_norm × 2 bw_init × 4 lr",
-        "drtp     16    48  2 batch_norm × 2 bw_init × 4 lr",
+        "dfa      48         144  3 act × 2 bn × 2 feedback × 4 lr",
+        "drtp     16          48  2 bn × 2 feedback × 4 lr",
         "left out: 32 cells of drtp (activation relu, gelu: drtp diverges unless the activation is bounded "
         "(--allow-unstable",
     ):

@@ -12,7 +12,7 @@ from bpf.console.screen import out, say
 from bpf.experiment.grid import Grid
 from bpf.study.plan import Row
 from bpf.study.ranking import Ranked, tracking_share
-from bpf.words import counted, describe, duration, number, percent, plus_minus, word
+from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
     from bpf.experiment.handover import Taken
@@ -26,7 +26,7 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
     for name in ("rule", "cells", "executions", "grid"):
         table.add_column(name, justify="left" if name in ("rule", "grid") else "right", overflow="fold")
     for rule, axes in grid.axes.items():
-        sizes = [f"{len(axis.values)} {axis.name}" for axis in axes if len(axis.values) > 1]
+        sizes = [f"{len(axis.values)} {SHORT.get(axis.name, axis.name)}" for axis in axes if len(axis.values) > 1]
         table.add_row(rule, str(counts[rule]), str(counts[rule] * executions), " × ".join(sizes) or "one cell")
     out.print(table)
     stacked = f", trained in about {counted(cohorts, 'cohort')}" if cohorts else ""
