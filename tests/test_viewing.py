@@ -24,6 +24,7 @@ from bpf.errors import UsageError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from invented import finished, planned, record
+from waiting import SECONDS
 
 GRID = {
     "dataset": "digits",
@@ -310,7 +311,7 @@ def test_a_thread_can_train(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(120)
+    thread.join(SECONDS)
     assert [cells["complete"] for cells in done] == [1, 1]
 
 
