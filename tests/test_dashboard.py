@@ -88,6 +88,7 @@ def test_a_study_in_a_file_is_shown_until_it_is_interrupted(tmp_path: Path) -> N
     assert check(finished(tmp_path / "mine", invent, **GRID)) == ""
 
 
+@pytest.mark.slow
 def test_a_study_on_a_server_is_shown(tmp_path: Path, postgres_url: str) -> None:
     place = Place(Database.at(postgres_url))
     password = sa.make_url(postgres_url).password

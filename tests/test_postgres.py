@@ -876,6 +876,7 @@ def assert_no_secret(work: Path, *texts: str) -> None:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
     url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
 ) -> None:

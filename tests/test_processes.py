@@ -50,10 +50,8 @@ def states(directory: Path) -> list[str]:
     return [row.state for row in summary.rows(open_experiment(directory))]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["bpf"], pytest.param(["statistics", "random", "queue", "selectors", "socket"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["bpf"], ["statistics", "random", "queue", "selectors", "socket"]])
 def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tmp_path: Path) -> None:
     """As for any command: Python puts only the directory of its script first."""
     here, program = tmp_path / "here", tmp_path / "bin" / "bpf"
@@ -65,7 +63,8 @@ def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tm
     assert states(here / "grid") == ["complete"]
 
 
-@pytest.mark.parametrize("source", ["script", pytest.param("standard input", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["script", "standard input"])
 def test_a_script_needs_no_guard(source: str, tmp_path: Path) -> None:
     script = f"""
         import bpf
