@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import SECONDS
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PICTURES = Path(__file__).parent.parent / "build" / "pictures"
 """Where pictures of pages are kept to be looked at."""
@@ -41,7 +43,7 @@ def check_page(page: Path, name: str, width: int, dark: bool, profile: Path) -> 
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
 
 
 def _brightness(path: Path) -> int:

@@ -31,9 +31,9 @@ from bpf.results import summary
 from bpf.study.plan import Row
 from bpf.workers import supervisor, worker
 from bpf.workers.worker import Job
+from waiting import SECONDS
 
 FIFO, TOKEN = "BPF_CHAOS_FIFO", "BPF_CHAOS_TOKEN"
-HANG_SECONDS = 90.0
 
 # Where a process may kill itself, before a function or after it, and about how often a cohort passes there.
 TRAINING = {
@@ -201,7 +201,7 @@ class Command:
 
         Raises TimeoutError after so many `seconds`. Without them raises Hang if nothing happens for too long.
         """
-        end = time.monotonic() + (HANG_SECONDS if seconds is None else seconds)
+        end = time.monotonic() + (SECONDS if seconds is None else seconds)
         while b"\n" not in self._heard:
             if not select.select([self._fifo], [], [], max(0.0, end - time.monotonic()))[0]:
                 if seconds is None:
@@ -249,11 +249,11 @@ class Command:
         """Wait for the end of the command and all its workers; its exit code, or minus the signal that ended it."""
         while self.hear() is not None:
             pass
-        return self.process.wait(HANG_SECONDS)
+        return self.process.wait(SECONDS)
 
     def wait_for_nobody(self) -> None:
         """Wait until no process is left in the session, also none of multiprocessing's own."""
-        end = time.monotonic() + HANG_SECONDS
+        end = time.monotonic() + SECONDS
         while left := self.left_over():
             if time.monotonic() > end:
                 raise Hang(f"Processes are left over of {' '.join(self.arguments)}: {left}")

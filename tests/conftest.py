@@ -6,11 +6,15 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from bpf.study.study import Study
+from bpf.workers.supervisor import Supervisor
+from bpf.workers.worker import Worker
 from servers import PostgresServer
 
 # A job in the background ignores Ctrl-C, and hands that down to processes that tests start and then interrupt.
@@ -57,6 +61,30 @@ class Progress:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.verbose < 1 and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Progress(config), "bpf-progress")
+
+
+RUN = Supervisor.run
+
+
+def train_here(supervisor: Supervisor) -> None:
+    """What worker processes do, in this one."""
+    [job, *_] = supervisor.jobs
+    with closing(Study.open(job.storage, job.experiment)) as study:
+        Worker(job, study, partial(supervisor.observe, 1), supervisor.stop).run()
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[None]:
+    """Grids are trained without worker processes, of which each takes a second: for files that are not about those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervisor, "run", train_here)
+        yield
+
+
+@pytest.fixture
+def in_workers(in_this_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it: for the tests of such a file that have a worker process all the same."""
+    monkeypatch.setattr(Supervisor, "run", RUN)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from errno import ENOSPC
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.study import patience
 from bpf.study.owner import Owner
-from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.stopping import Interrupted, Stop
 from bpf.workers.supervisor import Supervisor
 from bpf.workers.worker import Job, Worker
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 TRAIN = "train --dataset digits --algorithm dfa"
 TUNE = "tune --dataset digits --algorithm dfa"
@@ -624,13 +624,6 @@ class Experiments:
     one: Path
 
 
-def train_here(supervisor: Supervisor) -> None:
-    """What worker processes do, in this one, where a patch reaches it."""
-    [job, *_] = supervisor.jobs
-    with closing(Study.open(job.storage, job.experiment)) as study:
-        Worker(job, study, partial(supervisor.observe, 1), supervisor.stop).run()
-
-
 def stop_after_an_epoch(directory: Path) -> None:
     experiment, stop = open_experiment(directory), Stop()
 
@@ -917,7 +910,9 @@ AS_JSON = """
 import io, json, shlex, sys
 from contextlib import redirect_stderr, redirect_stdout
 from bpf.cli import app as cli
+from bpf.workers import processes
 
+processes.warm_up = lambda: None  # nothing is trained
 outcomes = []
 for command in sys.argv[1:]:
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -1041,8 +1036,7 @@ def full_database(commits: int, times: int = ALWAYS) -> Iterator[None]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grids are trained in this process, and nobody waits for long."""
-    monkeypatch.setattr(Supervisor, "run", train_here)
+    """Nobody waits for long."""
     monkeypatch.setattr(worker, "FULL_DISK_SECONDS", 0.0)
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.0)
 
@@ -1213,7 +1207,11 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
-def test_a_broken_checkpoint(bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, case: str) -> None:
+def test_a_broken_checkpoint(
+    bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, case: str, request: pytest.FixtureRequest
+) -> None:
+    if case == "truncated":  # a worker process tells the same
+        request.getfixturevalue("in_workers")
     damage, reason = BROKEN_CHECKPOINTS[case]
     shutil.copytree(made.half, work / "ex")
     checkpoint = next((work / "ex/checkpoints").iterdir())
@@ -1322,7 +1320,7 @@ def cells(outcome: Outcome) -> list[tuple[str, Any, Any]]:
     )
 
 
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("plugins", "in_workers")
 def test_a_rule_that_raises_fails_alone(bpf_: Bpf, work: Path) -> None:
     (work / "raise").touch()
     outcome = bpf_(f"{FRAGILE} --algorithm dfa,fragile --lr 0.1,0.01 --bw-init ortho --workers 1")

@@ -34,6 +34,9 @@ from bpf.workers.events import Trained
 from bpf.workers.stopping import Interrupted, Stop
 from bpf.workers.supervisor import Supervisor
 from bpf.workers.worker import Job, Worker
+from waiting import eventually
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 SMALL = "--arch 8 --activation tanh --bw-init ortho --no-batch-norm --examples-frac 0.1 --executions-per-trial 2"
 GRID = f"tune ex --dataset digits --algorithm dfa {SMALL} --epochs 2 -q"
@@ -254,6 +257,7 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
     }
 
 
+@pytest.mark.usefixtures("in_workers")
 def test_quiet_shows_the_result_and_no_progress(bpf_: Bpf) -> None:
     outcome = bpf_(f"{GRID} --lr 0.1")
     assert (outcome.code, outcome.err) == (0, "")
@@ -437,8 +441,7 @@ def interrupt(work: Path, *signals: signal.Signals) -> Outcome:
         text=True,
         cwd=work,
     ) as process:
-        while process.poll() is None and not list(work.glob("ex/checkpoints/*.pt")):
-            os.sched_yield()
+        eventually(lambda: process.poll() is not None or list(work.glob("ex/checkpoints/*.pt")))
         for number in signals:
             process.send_signal(number)
         out, err = process.communicate()
@@ -470,6 +473,7 @@ def interrupt_twice(*_: Any) -> None:
     raise AssertionError("the second one should have left")
 
 
+@pytest.mark.usefixtures("in_workers")
 def test_two_interruptions_leave_at_once(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Supervisor, "_listen", interrupt_twice)  # while its workers train
@@ -502,6 +506,7 @@ def test_an_interruption_before_anything_is_planned(bpf_: Bpf, work: Path, monke
     assert list(work.iterdir()) == []
 
 
+@pytest.mark.usefixtures("in_workers")
 def test_time_is_up(bpf_: Bpf) -> None:
     outcome = bpf_(f"{RUN} -q --max-hours 0")
     expected = "Stopped (0 hours are over), and everything is stored. Go on with: bpf resume one\n"

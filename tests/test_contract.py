@@ -278,7 +278,8 @@ def test_a_rule_that_is_said_to_be_frozen_must_be():
     assert failures(HiddenLayersNeverLearn, frozen=True).keys() == {
         "test_feedback_initialisation_means_what_is_declared"
     }
-    assert "though the contract says frozen" in failures(Right, frozen=True)["test_hidden_layers_learn"]
+    moves = failures(Right, ["test_hidden_layers_learn"], frozen=True)
+    assert "though the contract says frozen" in moves["test_hidden_layers_learn"]
 
 
 def test_a_rule_that_only_reconstructs_is_checked_on_that():

@@ -21,6 +21,7 @@ from bpf.results import dashboard
 from bpf.study.database import Database
 from bpf.study.plan import Row
 from invented import finished, planned, record
+from waiting import SECONDS
 
 pytest.importorskip("optuna_dashboard")
 
@@ -78,7 +79,7 @@ def check(experiment: Experiment) -> str:
         command = Path(f"/proc/{process.pid}/cmdline")
         assert not command.exists() or b"postgresql" not in command.read_bytes()
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=30)
+        said, errors = process.communicate(timeout=SECONDS)
         assert (process.returncode, said) == (0, "ended\n")
         return errors
 
@@ -87,6 +88,7 @@ def test_a_study_in_a_file_is_shown_until_it_is_interrupted(tmp_path: Path) -> N
     assert check(finished(tmp_path / "mine", invent, **GRID)) == ""
 
 
+@pytest.mark.slow
 def test_a_study_on_a_server_is_shown(tmp_path: Path, postgres_url: str) -> None:
     place = Place(Database.at(postgres_url))
     password = sa.make_url(postgres_url).password

@@ -25,6 +25,8 @@ GRID = [
 ]
 DATA = Path(__file__).parent / "data"
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 def run(*arguments: str) -> int:
     try:

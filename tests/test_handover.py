@@ -31,6 +31,8 @@ from remembering import remembered
 
 SMALL = "--dataset digits --no-batch-norm --bw-init ortho --examples-frac 0.2"
 FAST = "--workers 1 --quiet"
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 FIRST = f"tune ex {SMALL} --algorithm bp,drtp --arch 8,8-8 --activation tanh --epochs 2 --executions-per-trial 2 {FAST}"
 RATES = "--lr 0.0001,0.01"
 SECOND = f"{FIRST} --objective val_loss --dropout 0,0.3"

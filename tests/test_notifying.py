@@ -16,6 +16,7 @@ from bpf.results import notifying
 from bpf.results.notifying import Notifier, check, hidden, shown, summarize
 from bpf.study.plan import Row
 from invented import finished, planned, record
+from waiting import SECONDS
 
 SUMMARY = {"experiment": "runs/mine", "event": "finished", "message": "Done: ½", "cells": {"complete": 2}}
 
@@ -27,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.received.append((self.command, self.path, self.headers["Content-Type"], content))
         if not self.server.status:
-            self.server.release.wait(60)
+            self.server.release.wait(SECONDS)
             return
         self.send_response(self.server.status)
         self.send_header("Location", "/elsewhere")

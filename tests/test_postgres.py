@@ -41,12 +41,11 @@ from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
 from bpf.workers.worker import Job, Worker
 from servers import PostgresServer
+from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
 ARCH = Axis("arch", ["100", "500-500"])
 RATE = Axis("lr", [0.1, 0.01, 0.001], low=1e-10, high=1e3, log=True)
-SECONDS = 60.0
-"""How long anything that is waited for may take."""
 
 
 def cells_of(axes: list[Axis], rule: str = "dfa", epochs: int = 3) -> list[Cell]:
@@ -98,15 +97,6 @@ def query(url: str, statement: str) -> list[tuple[Any, ...]]:
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement)
         return cursor.fetchall() if cursor.description else []
-
-
-def eventually(happened: Callable[[], Any]) -> Any:
-    """What `happened` returns once that is true."""
-    end = time.monotonic() + SECONDS
-    while not (found := happened()):
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-    return found
 
 
 class Child:
@@ -300,11 +290,12 @@ def test_finished_cells_are_opened_again(url: str, study: Study, owner: Owner) -
 
 
 def test_who_works_is_known(study: Study) -> None:
+    before = time.time()
     with Owner(study.locks, {"host": "a", "device": "cpu"}) as owner:
         claimed(study, owner)
         (worker,) = study.workers()
         assert (worker["token"], worker["pid"], worker["facts"]) == (owner.token, os.getpid(), owner.facts)
-        assert abs(worker["began"] - time.time()) < SECONDS
+        assert before - 1 < worker["began"] < time.time() + 1
         assert worker["lease"] - worker["began"] == pytest.approx(owners.LEASE_SECONDS, abs=1)
         study.retire(owner)
         assert study.workers() == []
@@ -574,10 +565,8 @@ def test_a_connection_lost_inside_a_transaction(
         return original(*arguments, **options)
 
     monkeypatch.setattr(RDBStorage, step, cut)
-    began = time.monotonic()
     assert finish_all(study, owner) == 6
-    assert time.monotonic() - began < 5
-    assert len(failures.told) == 1
+    assert len(failures.told) == 1, "and so it paused once, for `patience.FIRST_PAUSE`"
     assert [(row.state, row.attempt) for row in study.rows()] == [("complete", 1)] * 6
     assert [(trial.number, trial.state) for trial in optuna_study(url).trials] == [
         (number, TrialState.COMPLETE) for number in range(6)
@@ -636,11 +625,15 @@ ELSEWHERE = """
             print("stored")
         except Fenced as error:
             print(error)
-        print(owner.lost.wait(1.0 if sys.argv[2] == "60" else 30.0))
+        print(owner.lost.wait(600.0))
         again = study.claim(owner, lambda row: 1)
         print(again and again.rows[0].key, owner.lost.is_set())
         study.release(again)
 """
+
+
+LEASE = 4.0
+"""Longer than a busy machine holds up the thread that renews it."""
 
 
 def lease_of(url: str, machine: str = "elsewhere") -> float:
@@ -651,12 +644,12 @@ def lease_of(url: str, machine: str = "elsewhere") -> float:
 def test_a_process_that_stood_still_past_its_lease_is_fenced(
     url: str, study: Study, owner: Owner, child: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owners, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(owners, "LEASE_SECONDS", LEASE)
     keys = [row.key for row in study.rows()]
-    other = child(ELSEWHERE, url, "1")
+    other = child(ELSEWHERE, url, str(LEASE))
     assert other.hear() == keys[0]
     first = lease_of(url)
-    eventually(lambda: lease_of(url) > first + 1.0)  # longer than a lease
+    eventually(lambda: lease_of(url) > first + LEASE)  # longer than a lease
     mine = claimed(study, owner)
     assert mine.rows[0].key == keys[1], "a live lease is respected"
 
@@ -765,10 +758,10 @@ def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_o
             os.kill(os.getpid(), signal.SIGSTOP)
             return original(*arguments, **options)
 
-        database.IDLE_SECONDS = 1
+        database.IDLE_SECONDS = 3
         original, RDBStorage.create_new_trial = RDBStorage.create_new_trial, stand_still
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
-            study.patience, study.on_wait = 60.0, lambda reason: print(reason, flush=True)
+            study.patience, study.on_wait = 600.0, lambda reason: print(reason, flush=True)
             claim = study.claim(owner, lambda row: 1)
             print(claim.rows[0].key)
             study.finish(claim, claim.rows[0].key, 1.0, "complete", {})
@@ -883,6 +876,7 @@ def assert_no_secret(work: Path, *texts: str) -> None:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
     url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
 ) -> None:

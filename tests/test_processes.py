@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +18,9 @@ from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from bpf.workers import processes
+from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60.0
-"""How long anything that is waited for may take."""
 PROGRAM = "import sys; from bpf.cli.app import main; main(sys.argv[1:])"
 GRID = {"dataset": "digits", "algorithm": "dfa", "arch": "8", "activation": "tanh", "batch_norm": False}
 GRID |= {"lr": 0.01, "bw_init": "ortho", "epochs": 1, "executions_per_trial": 1, "examples_frac": 0.2}
@@ -52,10 +50,8 @@ def states(directory: Path) -> list[str]:
     return [row.state for row in summary.rows(open_experiment(directory))]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["bpf"], pytest.param(["statistics", "random", "queue", "selectors", "socket"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["bpf"], ["statistics", "random", "queue", "selectors", "socket"]])
 def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tmp_path: Path) -> None:
     """As for any command: Python puts only the directory of its script first."""
     here, program = tmp_path / "here", tmp_path / "bin" / "bpf"
@@ -67,7 +63,8 @@ def test_what_lies_in_the_current_directory_is_not_imported(names: list[str], tm
     assert states(here / "grid") == ["complete"]
 
 
-@pytest.mark.parametrize("source", ["script", pytest.param("standard input", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["script", "standard input"])
 def test_a_script_needs_no_guard(source: str, tmp_path: Path) -> None:
     script = f"""
         import bpf
@@ -190,10 +187,7 @@ def test_nothing_stays_behind_when_the_command_ends_before_any_worker(
         )
         try:
             assert command.wait(SECONDS) == code
-            deadline = time.monotonic() + SECONDS
-            while processes_of(command.pid) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert processes_of(command.pid) == []
+            eventually(lambda: processes_of(command.pid) == [])
         finally:
             for pid in processes_of(command.pid):
                 os.kill(pid, signal.SIGKILL)
@@ -209,7 +203,7 @@ from bpf.workers import processes
 processes.warm_up()
 os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
 started = processes.start(os.getpid, name="one")
-started.join(60)
+started.join(600)
 print(started.exitcode)
 """
 

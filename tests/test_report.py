@@ -24,6 +24,8 @@ from bpf.results import summary
 from bpf.study.plan import Row
 from browser import check_page
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 NAN = pytest.approx(math.nan, nan_ok=True)
 
 SECTIONS = [

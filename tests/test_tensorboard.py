@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import urllib.request
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from bpf.results import models, summary, tensorboard
 from bpf.spec.run import RunSpec
 from bpf.study.plan import Row
 from invented import finished, planned, record
+from waiting import SECONDS, eventually
 
 pytest.importorskip("tensorboard")
 
@@ -302,10 +302,8 @@ def test_tensorboard_serves_several_experiments_until_it_is_interrupted(tmp_path
         assert f" at http://127.0.0.1:{port}/ " in served
         url = f"http://127.0.0.1:{port}/data"
         expected = {f"{name}/{row.rule}/{row.name}" for name, one in made.items() for row in rows(one)} | {"."}
-        end = time.monotonic() + 60
-        while set(json.load(urllib.request.urlopen(f"{url}/runs"))) != expected and time.monotonic() < end:
-            time.sleep(0.1)  # TensorBoard loads while it serves
-        assert set(json.load(urllib.request.urlopen(f"{url}/runs"))) == expected
+        # TensorBoard loads while it serves
+        eventually(lambda: set(json.load(urllib.request.urlopen(f"{url}/runs"))) == expected)
         asked = urllib.request.Request(
             f"{url}/plugin/hparams/experiment", b"{}", {"Content-Type": "application/json"}, method="POST"
         )
@@ -314,7 +312,7 @@ def test_tensorboard_serves_several_experiments_until_it_is_interrupted(tmp_path
         assert {"algorithm", "bw_init", "arch"} <= set(parameters)
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
-        assert process.wait(30) == 0
+        assert process.wait(SECONDS) == 0
         assert "Traceback" not in said
     finally:
         process.kill()

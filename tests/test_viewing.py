@@ -24,6 +24,9 @@ from bpf.errors import UsageError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from invented import finished, planned, record
+from waiting import SECONDS
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 GRID = {
     "dataset": "digits",
@@ -299,6 +302,7 @@ def test_diverged_cells_are_named(told: Callable[..., str], tmp_path: Path) -> N
     assert (lost["state"], lost["params"]["lr"], lost["error"]) == ("diverged", 10.0, None)
 
 
+@pytest.mark.usefixtures("in_workers")
 def test_a_thread_can_train(tmp_path: Path) -> None:
     done: list[object] = []
     one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1}
@@ -310,7 +314,7 @@ def test_a_thread_can_train(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(120)
+    thread.join(SECONDS)
     assert [cells["complete"] for cells in done] == [1, 1]
 
 

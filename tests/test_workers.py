@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,10 +36,9 @@ from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.worker import Job, Worker
+from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60.0
-"""How long anything that is waited for may take."""
 GUILTY, DEADLY, FATAL, GOOD = "frenkel", "lecun", "nokland", "ortho"
 
 # A rule that does what a file says, whose path is in the environment, where a run has a certain feedback. Each line
@@ -91,15 +89,6 @@ class Troubled(DirectFeedbackAlignment):
 SHAPE = {"dataset": "digits", "arch": ["8"], "activation": ["tanh"], "batch_norm": [False], "lr": [0.01]}
 SHAPE |= {"epochs": 3, "examples_frac": 0.2}
 BPF = "import sys; from bpf.cli.app import main; main(sys.argv[1:])"
-
-
-def eventually(happened: Callable[[], Any]) -> Any:
-    """What `happened` returns once that is true."""
-    end = time.monotonic() + SECONDS
-    while not (found := happened()):
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-    return found
 
 
 def planned(directory: Path, algorithm: str = "dfa", **spec: Any) -> Experiment:
