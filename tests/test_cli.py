@@ -137,7 +137,7 @@ def test_help_of_a_list(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
         "[default: 500, 500-500-500-500-500, 500-1000-500, 1000, 1000-1000, 1000-500-1000]",
         "[0 to below 1] [default: 0; 0.1, 0.2, 0.3, 0.4, 0.5 with a val_* objective]",
         "[none, long_tailed, step, or all]",
-        "(seed, seed + 1, ...). [1 to 1000] [default: 3]",
+        "with seed, seed + 1, ... [1 to 1000] [default: 3]",
     ):
         assert expected in shown
 
