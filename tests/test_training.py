@@ -18,6 +18,7 @@ from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Dropout, generator, orders
 from bpf.spec.run import RunSpec
 from bpf.training import cohort as training
+from bpf.training import hardware
 from bpf.training.cohort import DIVERGED_LOSS, Cohort
 from bpf.training.feed import Feed
 
@@ -51,6 +52,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_worker_computes_in_one_thread():
+    torch.set_num_threads(2)
+    try:
+        hardware.settle(torch.device("cpu"))
+        assert torch.get_num_threads() == 1
+        assert torch.tensor(1e-40).mul(1) == 0
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def spec(algorithm="bp", **changes):
@@ -518,7 +529,7 @@ def test_every_rule_learns_the_digits(algorithm, digits):
 @pytest.mark.parametrize("algorithm", RULES)
 def test_hidden_layers_learn_something_useful(algorithm, digits):
     """A narrow hidden layer of random features cannot do what a trained one does."""
-    run = spec(algorithm, arch="10", epochs=40, examples_frac=1.0, objective="loss", lr=0.01)
+    run = spec(algorithm, arch="10", epochs=15, examples_frac=1.0, objective="loss", lr=0.01)
     trained = cohort([run], digits)
     shallow = cohort([run], digits)
     first = {n: t.clone() for n, t in shallow.state()["network"].items() if n.endswith(".0")}
