@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpf.study.study import Study
 from bpf.workers.supervisor import Supervisor
 from bpf.workers.worker import Worker
 from servers import PostgresServer
+
+# As in workers: small tensors gain nothing from more threads, which wait for each other with all their might.
+torch.set_num_threads(1)
 
 # A job in the background ignores Ctrl-C, and hands that down to processes that tests start and then interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

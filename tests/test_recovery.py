@@ -18,6 +18,7 @@ GRID = [
     *("--batch-norm", "--bw-init", "ortho", "--lr", "0.001,0.01", "--epochs", "4", "--examples-frac", "1"),
     *("--executions-per-trial", "2", "--checkpoint-every", "0", "--quiet"),
 ]
+pytestmark = pytest.mark.usefixtures("in_this_process")  # what this process goes on with
 RESTARTED = "Worker 1 crashed (by signal SIGKILL) and is started again."
 
 
@@ -42,6 +43,27 @@ def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
     removed = api.clean(open_experiment(directory))["files"]
     assert all(".pt" in path or ".experiment.yaml." in path for path in removed)  # cut short, or not discarded any more
     assert files(directory) == needed(directory)
+
+
+def test_after_the_death_of_a_worker_and_then_of_the_command_the_numbers_are_the_same(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """In short what the others here do at every place."""
+    directory = tmp_path / "grid"
+    arguments = ("tune", str(directory), *GRID, "--workers", "1")
+    with Command(tmp_path / "command", *arguments) as command:
+        command.until("stored")
+        command.arm({"worker after bpf.training.checkpoint:save": 1})
+        assert command.until("killed") is not None, command.output
+        assert command.until("stored") is not None, "by the worker that is started again"
+        assert command.kill(command.process.pid)
+        assert command.wait() == -signal.SIGKILL
+        command.wait_for_nobody()
+        assert RESTARTED in command.output
+        assert "Traceback" not in command.output
+    assert {row.state for row in summary.rows(open_experiment(directory))} != {"complete"}
+    assert run(*arguments) == 0
+    assert_undisturbed(directory, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +96,7 @@ def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
                 "after bpf.training.checkpoint:save",
             ),
             id="checkpoint",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ("before bpf.results.models:save", "after bpf.results.models:save"), id="model", marks=pytest.mark.slow
@@ -153,6 +176,7 @@ def test_a_supervisor_killed_at_any_place_takes_its_workers_along_and_the_comman
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_while_the_workers_of_a_killed_one_still_end(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -209,6 +233,7 @@ def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_resume_really_continues_and_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bpf.training.cohort import Cohort
 

@@ -417,6 +417,7 @@ def test_nothing_to_claim_is_none(study: Study, owner: Owner) -> None:
     assert study.claim(owner, lambda row: 1) is None
 
 
+@pytest.mark.slow
 def test_four_processes_claim_each_cell_once(path: Path) -> None:
     rates = Axis("lr", [float(1 + n) for n in range(200)], low=1e-10, high=1e3, log=True)
     planned(path, [rates]).close()

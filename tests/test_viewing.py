@@ -238,7 +238,16 @@ def test_the_help_says_what_becomes_of_images(told: Callable[..., str]) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes as POSIX has them")
 @pytest.mark.parametrize(
-    "command", ["--help", "show", "show --json", "export", "export --format json", "best", "evaluate"]
+    "command",
+    [
+        "--help",
+        "show",
+        "show --json",
+        "export",
+        "export --format json",
+        "best",
+        pytest.param("evaluate", marks=pytest.mark.slow),
+    ],
 )
 def test_what_nobody_reads_ends_as_a_pipe_does(directory: Path, command: str) -> None:
     """141, as for a program that SIGPIPE kills: nothing has failed."""
@@ -318,8 +327,10 @@ def test_a_thread_can_train(tmp_path: Path) -> None:
     assert [cells["complete"] for cells in done] == [1, 1]
 
 
-def test_figures_replace_figures_only(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
-    command = ("report", directory, "--output", tmp_path / "page.html", "--figures")
+def test_figures_replace_figures_only(told: Callable[..., str], tmp_path: Path) -> None:
+    one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1, "trackers": []}
+    bpf.tune(one, tmp_path / "grid", data_dir=tmp_path, workers=1, quiet=True)
+    command = ("report", tmp_path / "grid", "--output", tmp_path / "page.html", "--figures")
     for kind in ("png", "svg", "pdf"):
         first = told(*command, kind)
         assert told(*command, kind) == first

@@ -337,6 +337,7 @@ def test_cells_that_kill_their_process_are_set_aside_and_the_others_complete(
     assert {feedback: row.value for feedback, row in by_feedback(experiment).items()} == pytest.approx(values)
 
 
+@pytest.mark.slow
 def test_a_rule_that_always_kills_ends_the_run(troubled: Troubled, start: Callable[..., Process]) -> None:
     experiment = planned(troubled.work / "grid", "troubled", bw_init=[GUILTY], lr=[0.1, 0.03, 0.01, 0.001])
     troubled.does(**{GUILTY: "killed"})
@@ -491,6 +492,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_out(tmp_path: Path, start: Callable[..., Process]) -> None:
     experiment = planned(tmp_path / "grid", arch=["500-200"], bw_init=[GOOD, GUILTY], lr=[0.001])
     undisturbed = tmp_path / "undisturbed"
