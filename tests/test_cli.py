@@ -429,7 +429,7 @@ def change_history(checkpoint: Path) -> float:
 # Interruptions
 
 
-LONG_GRID = f"{GRID} --epochs 200 --lr 0.1,0.01"
+LONG_GRID = f"{GRID} --epochs 400 --lr 0.1,0.01"
 
 
 def interrupt(work: Path, *signals: signal.Signals) -> Outcome:

@@ -66,6 +66,7 @@ def test_after_the_death_of_a_worker_and_then_of_the_command_the_numbers_are_the
     assert_undisturbed(directory, undisturbed)
 
 
+@pytest.mark.usefixtures("in_workers")
 @pytest.mark.parametrize(
     "places",
     [
@@ -139,6 +140,7 @@ def test_a_worker_killed_at_any_place_is_started_again_and_the_numbers_are_the_s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_workers")
 @pytest.mark.parametrize(
     "places",
     [
@@ -177,6 +179,7 @@ def test_a_supervisor_killed_at_any_place_takes_its_workers_along_and_the_comman
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_workers")
 def test_the_command_goes_on_while_the_workers_of_a_killed_one_still_end(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -192,6 +195,7 @@ def test_the_command_goes_on_while_the_workers_of_a_killed_one_still_end(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_workers")
 def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """As long as a cohort gets further it is not trained apart, which would throw its checkpoint away."""
     directory = tmp_path / "grid"
@@ -211,6 +215,7 @@ def test_deaths_before_a_checkpoint_do_not_count_after_it(undisturbed: dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_workers")
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the process is found in /proc")
 def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
     undisturbed: dict[str, Any], tmp_path: Path
@@ -234,6 +239,7 @@ def test_the_death_of_the_process_that_workers_are_forked_from_does_no_harm(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_workers")
 def test_a_resume_really_continues_and_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bpf.training.cohort import Cohort
 
