@@ -6,6 +6,8 @@ from sqlalchemy.exc import OperationalError
 
 from servers import PostgresServer
 
+pytestmark = pytest.mark.slow
+
 
 def engine_of(url: str, **changed: str) -> sqlalchemy.Engine:
     return sqlalchemy.create_engine(sqlalchemy.make_url(url).set(drivername="postgresql+psycopg", **changed))

@@ -648,8 +648,20 @@ KILLED_INSIDE = """
 """
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("step", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [
+        ("create_new_trial", "after"),  # in a claim
+        ("set_trial_state_values", "after"),  # in what stores an outcome
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                *(("create_new_trial", "before"), ("set_trial_state_values", "before")),
+                *(("set_trial_user_attr", "before"), ("set_trial_user_attr", "after")),
+            )
+        ),
+    ],
+)
 def test_a_kill_between_our_write_and_optunas_leaves_neither(
     path: Path, study: Study, owner: Owner, step: str, moment: str
 ) -> None:

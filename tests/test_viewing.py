@@ -240,13 +240,8 @@ def test_the_help_says_what_becomes_of_images(told: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "--help",
-        "show",
-        "show --json",
-        "export",
-        "export --format json",
-        "best",
-        pytest.param("evaluate", marks=pytest.mark.slow),
+        *("--help", "show --json", "export"),
+        *(pytest.param(more, marks=pytest.mark.slow) for more in ("show", "export --format json", "best", "evaluate")),
     ],
 )
 def test_what_nobody_reads_ends_as_a_pipe_does(directory: Path, command: str) -> None:
@@ -328,7 +323,7 @@ def test_a_thread_can_train(tmp_path: Path) -> None:
 
 
 def test_figures_replace_figures_only(told: Callable[..., str], tmp_path: Path) -> None:
-    one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1, "trackers": []}
+    one = GRID | {"algorithm": ["dfa"], "lr": [0.1], "executions_per_trial": 1, "trackers": [], "val_frac": 0}
     bpf.tune(one, tmp_path / "grid", data_dir=tmp_path, workers=1, quiet=True)
     command = ("report", tmp_path / "grid", "--output", tmp_path / "page.html", "--figures")
     for kind in ("png", "svg", "pdf"):
