@@ -200,6 +200,7 @@ import os, signal
 from multiprocessing import forkserver
 from bpf.workers import processes
 
+processes.PRELOADED = ("slow",)
 processes.warm_up()
 os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
 started = processes.start(os.getpid, name="one")
@@ -211,7 +212,8 @@ print(started.exitcode)
 @pytest.mark.skipif(processes.METHOD != "forkserver", reason="the system has no fork server")
 def test_an_interrupt_during_the_imports_leaves_the_server_alone(tmp_path: Path) -> None:
     """Ctrl-C in a terminal reaches every process."""
-    ended = python(tmp_path, script=INTERRUPTED)
+    (tmp_path / "slow.py").write_text("import time; time.sleep(2)")
+    ended = python(tmp_path, script=INTERRUPTED, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "0\n")
 
 
@@ -221,6 +223,7 @@ from bpf.workers import processes
 
 def mine(): pass
 
+processes.PRELOADED = ()  # which takes long, and plays no part
 main, before = sys.modules["__main__"], dict(os.environ)
 threads = [threading.Thread(target=lambda: processes.start(time.sleep, 0, name="one").join()) for _ in range(4)]
 for thread in threads: thread.start()
