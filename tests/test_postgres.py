@@ -43,6 +43,8 @@ from bpf.workers.worker import Job, Worker
 from servers import PostgresServer
 from waiting import SECONDS, eventually
 
+pytestmark = pytest.mark.slow  # a server, and a database of its own for each test
+
 ROOT = Path(__file__).parents[1]
 ARCH = Axis("arch", ["100", "500-500"])
 RATE = Axis("lr", [0.1, 0.01, 0.001], low=1e-10, high=1e3, log=True)
@@ -338,7 +340,6 @@ def test_experiments_in_one_database_do_not_mix(url: str, study: Study, owner: O
     assert str(raised.value) == f"{study.database} has several experiments. Known: mine, yours."
 
 
-@pytest.mark.slow
 def test_four_processes_create_at_once(url: str, child: Any) -> None:
     script = """
         import sys
@@ -428,7 +429,6 @@ BUSY_CHILD = """
 """
 
 
-@pytest.mark.slow
 def test_eight_processes_and_two_restarts_run_each_cell_once(postgres_own_server: PostgresServer, child: Any) -> None:
     url, rates = postgres_own_server.url(), many(300)
     planned(url, [rates]).close()
@@ -876,7 +876,6 @@ def assert_no_secret(work: Path, *texts: str) -> None:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.slow
 def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
     url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -913,7 +912,6 @@ def test_a_grid_on_a_server_gives_the_numbers_of_one_in_a_file(
     )
 
 
-@pytest.mark.slow
 def test_a_worker_joins_with_what_the_environment_says(
     url: str, account: tuple[str, str], in_sqlite: dict[str, Any], tmp_path: Path
 ) -> None:
