@@ -19,9 +19,10 @@ from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").iterdir())
 PAGES = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/GUIDE.md"))
 COMMANDS = list(dict.fromkeys(command.strip() for command in re.findall(r"^\$ (bpf [^#\n]*)", PAGES, re.MULTILINE)))
+EXAMPLES = [path for path in sorted((ROOT / "examples").iterdir()) if f"examples/{path.name}" not in " ".join(COMMANDS)]
+"""Those that no command of the pages names."""
 SMALL = {"--epochs": "1", "--arch": "6", "--lr": "0.001", "--executions-per-trial": "1", "--examples-frac": "1"}
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
