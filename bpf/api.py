@@ -79,7 +79,7 @@ def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Pla
     rules = load_rules([run.algorithm])
     check_run(run, rules[run.algorithm])
     if "," in run.device:
-        raise UsageError(f"device {run.device}: a single run is trained on one device. Give one of them.")
+        raise UsageError(f"device {run.device}: a single execution is trained on one device. Give one of them.")
     return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir, place)
 
 

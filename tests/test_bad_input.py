@@ -203,7 +203,9 @@ OPTIONS = {
     "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
     f"{TUNE} --device cuda:0,cpu": "--device: 'cuda:0,cpu' is not accepted: "
     "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
-    f"{TRAIN} --device cuda:0,cuda:1": "device cuda:0,cuda:1: a single run is trained on one device. Give one of them.",
+    f"{TRAIN} --device cuda:0,cuda:1": (
+        "device cuda:0,cuda:1: a single execution is trained on one device. Give one of them."
+    ),
     f"{TUNE} --dropout 0.5": DROPOUT,
     f"{TRAIN} --dropout 0.5": DROPOUT,
     f"{TUNE} --objective val_loss": "objective val_loss without lr: val_* objectives tune regularisation and take the "
@@ -790,13 +792,13 @@ def test_an_experiment_with_other_settings(
 def test_a_run_in_the_directory_of_a_grid(bpf_: Bpf, made: Experiments, work: Path) -> None:
     shutil.copytree(made.done, work / "ex")
     shutil.copytree(made.one, work / "one")
-    expected = "ex holds a grid search (bpf tune), not a single run (bpf train). Choose another directory."
+    expected = "ex holds a grid search (bpf tune), not a single execution (bpf train). Choose another directory."
     refused(bpf_, RUN.replace(" one ", " ex "), expected)
-    expected = "one holds a single run (bpf train), not a grid search (bpf tune). Choose another directory."
+    expected = "one holds a single execution (bpf train), not a grid search (bpf tune). Choose another directory."
     refused(bpf_, GRID.replace(" ex ", " one "), expected)
     expected = (
         "one holds an experiment with other settings:\n  lr: 0.001 there, 0.1 now\n"
-        "A run can be extended (epochs may grow), not changed. Give another directory, or the same settings."
+        "An execution can be extended (epochs may grow), not changed. Give another directory, or the same settings."
     )
     refused(bpf_, f"{RUN} --lr 0.1", expected)
 
@@ -1400,7 +1402,7 @@ def test_a_single_run_that_raises(bpf_: Bpf, work: Path) -> None:
     (work / "raise").touch()
     command = RUN.replace("dfa", "fragile")
     expected = (
-        "Error: The run failed: ZeroDivisionError: no signal today\n"
+        "Error: The execution failed: ZeroDivisionError: no signal today\n"
         "See `bpf status one --failed`; `bpf resume one --retry-failed` tries again.\n"
     )
     assert bpf_(command) == Outcome(1, "", expected)

@@ -49,7 +49,7 @@ def datasets(
 
 
 def schema(
-    run: Annotated[bool, typer.Option("--run", help="The schema of a single run instead of a grid's.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="The schema of a single execution instead of a grid's.")] = False,
 ) -> None:
     """Print the JSON schema of spec files."""
     print_json(json_schema(RunSpec if run else GridSpec))

@@ -271,7 +271,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
         return wanted
     present = open_experiment(directory, place)
     if present.kind != kind:
-        kinds = {"tune": "a grid search (bpf tune)", "train": "a single run (bpf train)"}
+        kinds = {"tune": "a grid search (bpf tune)", "train": "a single execution (bpf train)"}
         raise UsageError(f"{directory} holds {kinds[present.kind]}, not {kinds[kind]}. Choose another directory.")
     return replace(present, grid=merged(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
 

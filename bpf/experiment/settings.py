@@ -41,7 +41,7 @@ def merged(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
     if differences:
         lasting = any("lr_from" in line for line in differences)
         grow = "lists, epochs and executions may grow" if kind == "tune" else "epochs may grow"
-        extend = f"{'A grid' if kind == 'tune' else 'A run'} can be extended ({grow}), not changed. "
+        extend = f"{'A grid' if kind == 'tune' else 'An execution'} can be extended ({grow}), not changed. "
         raise UsageError(
             f"{directory} holds an experiment with other settings:\n" + "\n".join(differences) + "\n"
             f"{extend}Give another directory, or the same settings."

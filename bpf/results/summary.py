@@ -112,7 +112,7 @@ def train_report(experiment: Experiment) -> dict[str, Any]:
     if row.state == "failed":
         last = (row.error or "").strip().splitlines()[-1]
         raise RunError(
-            f"The run failed: {last}\nSee `bpf status {experiment.directory} --failed`; "
+            f"The execution failed: {last}\nSee `bpf status {experiment.directory} --failed`; "
             f"`bpf resume {experiment.directory} --retry-failed` tries again."
         )
     result = row.result or {}

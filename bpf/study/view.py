@@ -1,4 +1,7 @@
-"""A study as it is read: counts, cells and histories, for whoever shows or exports them. Nothing here writes."""
+"""A study as it is read: counts, cells and histories, for whoever shows or exports them.
+
+Nothing here writes, but what brings the tables of an older bpf to this form when they are opened.
+"""
 
 import math
 import tempfile
@@ -173,29 +176,28 @@ class StudyView:
 
 
 def read_settings(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
-    """The name and the settings of an experiment, which is brought to this format if need be."""
+    """The name and the settings of an experiment, which is brought to this format if need be.
+
+    Raises `UsageError` as `StudyView.open` does.
+    """
     if database.missing():
         raise UsageError(f"There is no study database {database}.")
     with explained(database):
-        return _read_settings(database, experiment, reading)
-
-
-def _read_settings(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
-    engine = database.connect(reading)
-    try:
-        with engine.connect().execution_options(bpf_reading=True) as connection:
-            name, version = schema.read_experiment(connection, database, experiment)
-        if version < schema.SCHEMA_VERSION:
-            if reading:
-                engine.dispose()
-                engine = database.connect()
-            with engine.begin() as connection:
-                if schema.read_experiment(connection, database, name)[1] < schema.SCHEMA_VERSION:
-                    schema.migrate(connection, (database.path or Path()).parent / "logs")
-        with engine.connect().execution_options(bpf_reading=True) as connection:
-            return name, schema.read_settings(connection, name)
-    finally:
-        engine.dispose()
+        engine = database.connect(reading)
+        try:
+            with engine.connect().execution_options(bpf_reading=True) as connection:
+                name, version = schema.read_experiment(connection, database, experiment)
+            if version < schema.SCHEMA_VERSION:
+                if reading:
+                    engine.dispose()
+                    engine = database.connect()
+                with engine.begin() as connection:
+                    if schema.read_experiment(connection, database, name)[1] < schema.SCHEMA_VERSION:
+                        schema.migrate(connection, (database.path or Path()).parent / "logs")
+            with engine.connect().execution_options(bpf_reading=True) as connection:
+                return name, schema.read_settings(connection, name)
+        finally:
+            engine.dispose()
 
 
 def locks_of(database: Database) -> Path:

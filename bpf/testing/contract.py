@@ -222,7 +222,7 @@ class AlgorithmContract:
 
     def test_trains_on_digits(self) -> None:
         for problem_type in sorted(self.rule().problem_types):
-            cohort = self._cohort(problem_type, epochs=5)
+            cohort = self._cohort(problem_type, epochs=10)
             while not cohort.done:
                 cohort.run_epoch()
             record = cohort.records[0]

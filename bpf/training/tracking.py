@@ -19,7 +19,7 @@ PROBE_SIZE = 256
 
 
 class Tracking:
-    """The trackers of a cohort. `steps` is how many batches an epoch has; `spec` that of any of its runs."""
+    """The trackers of a cohort, whose runs share what `spec`, that of any of them, says of tracking."""
 
     def __init__(self, trackers: dict[str, Tracker], feed: Feed, rule: Algorithm, loss: Loss, spec: RunSpec) -> None:
         self._trackers, self._feed, self._rule, self._loss = trackers, feed, rule, loss
