@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from bpf.data.cache import Data, describe, load, open_dataset
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
-from bpf.experiment.directory import Experiment, Place, find, open_experiment, prepare
+from bpf.experiment import places
+from bpf.experiment.directory import Experiment, Place, open_experiment, prepare
 from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
 from bpf.experiment.plugins import load_rules
 from bpf.experiment.settings import stored_grid
@@ -133,6 +134,7 @@ def run(
     devices = hardware.devices(effort.device or spec.device, 1 if alone else effort.workers)
     loaded = _check(experiment)
     with experiment.running(), closing(_planned(experiment, command)) as study:
+        places.take(experiment.files, experiment.directory, experiment.mark)
         if retry_failed:
             study.retry_failed()
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
@@ -211,12 +213,13 @@ def join(
     from bpf.workers.worker import Job, Worker
 
     with closing(Study.open(storage, name)) as study:
-        spec = stored_grid(study.settings["spec"])
+        spec = stored_grid(study.spec)
         files = files.resolve() if files else Path(study.settings.get("files", ""))
         if checkpoints is not None:
             files = checkpoints.resolve() / study.experiment
         elif not files.is_absolute() or not files.is_dir():
             files = Path("bpf-checkpoints").resolve() / study.experiment
+        places.take(files, None, {"experiment": study.experiment, "created": study.settings.get("created")})
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
         where = (effort.device or "auto", 1, effort.checkpoint_seconds)
         job = Job(Database.at(storage), study.experiment, data_dir or Path("data"), files, *where)
@@ -240,7 +243,7 @@ def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool 
 
 def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
     """The experiment below `root` that was touched last."""
-    found = find(root)
+    found = places.find(root)
     if not found:
         raise UsageError(f"There is no experiment in {root}. Start one with `bpf tune`, or name its directory.")
     return open_experiment(found[0], place)
@@ -249,7 +252,7 @@ def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it
 def newest_unfinished(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
     """The experiment below `root` that was touched last and has something left to do."""
     newest(root, place)
-    for directory in find(root):
+    for directory in places.find(root):
         experiment = open_experiment(directory, place)
         if experiment.database.missing() or summary.counts_open(summary.status(experiment)["cells"]):
             return experiment

@@ -1,4 +1,4 @@
-"""What bpf raises when it cannot go on; `cli.py` is the only place that turns these into text."""
+"""What bpf raises when it cannot go on; `cli/app.py` is the only place that turns these into text."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,7 +21,14 @@ class UsageError(BpfError):
 
 
 class RunError(BpfError):
-    """Something failed while running: a full disk, a damaged checkpoint, a rule that raised."""
+    """Something failed while running: a full disk, a lost database, a rule that raised."""
+
+
+class Damaged(RunError):
+    """What bpf has written is not what it wrote any more: `what` (a file, or a part of one) is damaged, `why`."""
+
+    def __init__(self, what: object, why: str, cure: str = "Put back a copy of it, or start anew elsewhere.") -> None:
+        super().__init__(f"{what} is damaged: {why}. {cure}")
 
 
 class DiskFull(RunError):

@@ -20,6 +20,8 @@ _OF_EXPERIMENT = re.compile(
     r"experiment\.yaml|running\.lock|study(\.new)?\.db(-.*)?|locks|logs|models|checkpoints", re.IGNORECASE
 )
 """What an experiment itself keeps in its directory; the rest is free, for reports and exports."""
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}", re.DOTALL)
+"""What `write_atomically` calls a file before it has the name in the first group."""
 _ENDS = 2**18
 """So many bytes at each end tell what a file is."""
 

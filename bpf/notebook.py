@@ -18,6 +18,7 @@ from bpf.console.progress import LiveProgress
 from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment import handover
 from bpf.experiment.directory import Experiment, Place, open_experiment
+from bpf.experiment.places import model_path
 from bpf.extras import need
 from bpf.results import exporting, summary
 from bpf.spec.fields import build
@@ -76,14 +77,12 @@ class Opened:
 
         Raises UsageError for a rule that the experiment does not have.
         """
-        from bpf.results.models import path_of
-
         if rule not in self.experiment.grid.algorithm:
             known = did_you_mean(rule, self.experiment.grid.algorithm)
             raise UsageError(f"{self.directory} has no rule {rule!r}.{known}")
         with closing(self.experiment.read_study()) as study:
             found = study.best(rule)
-        return path_of(self.experiment.files / "models", rule, found[0]) if found else None
+        return model_path(self.experiment.files / "models", rule, found[0]) if found else None
 
     def _frame(self, what: str) -> "pandas.DataFrame":
         pandas = need("pandas", "A DataFrame", "pandas", "notebook")

@@ -28,7 +28,7 @@ from optuna.samplers import GridSampler
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from bpf.workers import supervisor, worker
 from bpf.workers.worker import Job
 from waiting import SECONDS

@@ -8,8 +8,8 @@ from typing import Any
 from bpf.api import open_tune
 from bpf.experiment.directory import Experiment, Place
 from bpf.spec.grid import GridSpec
+from bpf.study.cells import Row
 from bpf.study.owner import Owner
-from bpf.study.plan import Row
 from bpf.workers.claims import outcome
 
 Invent = Callable[[Row, int], dict[str, Any]]
@@ -60,3 +60,8 @@ def record(
         "tracked": tracked or {},
         **more,
     }
+
+
+RECORD = record(0, [0.5])
+RESULT = outcome([{name: value for name, value in RECORD.items() if name not in ("history", "tracked")}])[2]
+"""What came out of some cell: for tests of what happens to it, and not of what it says."""

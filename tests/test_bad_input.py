@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import urllib.error
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from PIL import Image
 import bpf.data.fetching
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.spec.run import RunSpec
 from bpf.study import patience
 from bpf.study.owner import Owner
+from bpf.training import checkpoint
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.stopping import Interrupted, Stop
@@ -377,8 +380,7 @@ SPEC_FILES: dict[str, tuple[str, str | bytes, str]] = {
         f"binary {suffix}": (
             f"s.{suffix}",
             BINARY,
-            f"The spec file s.{suffix} is not valid {suffix.upper()}: "
-            "'utf-8' codec can't decode byte 0x80 in position 128: invalid start byte.",
+            f"The spec file s.{suffix} is not valid {suffix.upper()}: it is not text in UTF-8.",
         )
         for suffix in ("yaml", "toml", "json")
     },
@@ -688,61 +690,133 @@ def replaced(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes(content) and None
 
 
+def linked(name: str, target: str) -> Callable[[Path], None]:
+    def link(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).symlink_to(target)
+
+    return link
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda directory: (directory / name).unlink()
 
 
-DAMAGED = "ex/experiment.yaml is damaged: it is not the file that bpf wrote"
+DAMAGED = "ex/experiment.yaml is damaged: "
+AGAIN = "Put back the file that bpf wrote, or start anew in another directory."
 DATABASE = "{work}/ex/study.db"
-BROKEN_EXPERIMENTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "experiment.yaml gone": (without("experiment.yaml"), "ex is not an experiment: it has no experiment.yaml."),
-    "experiment.yaml empty": (replaced("experiment.yaml", b""), f"{DAMAGED}."),
-    "experiment.yaml binary": (replaced("experiment.yaml", BINARY), f"{DAMAGED} (UnicodeDecodeError)."),
-    "experiment.yaml truncated": (replaced("experiment.yaml", b"format: [1"), f"{DAMAGED} (ParserError)."),
-    "experiment.yaml of another program": (replaced("experiment.yaml", b"name: lights\n"), f"{DAMAGED}."),
+BROKEN_EXPERIMENTS: dict[str, tuple[Callable[[Path], None], str, int]] = {
+    "experiment.yaml gone": (without("experiment.yaml"), "ex is not an experiment: it has no experiment.yaml.", 2),
+    "experiment.yaml empty": (
+        replaced("experiment.yaml", b""),
+        f"{DAMAGED}it is not the file that bpf wrote. {AGAIN}",
+        1,
+    ),
+    "experiment.yaml binary": (
+        replaced("experiment.yaml", BINARY),
+        f"{DAMAGED}it is not text in UTF-8. {AGAIN}",
+        1,
+    ),
+    "experiment.yaml truncated": (
+        replaced("experiment.yaml", b"format: [1"),
+        f"{DAMAGED}expected ',' or ']', but got '<stream end>' (at line 1, column 11). {AGAIN}",
+        1,
+    ),
+    "experiment.yaml of another program": (
+        replaced("experiment.yaml", b"name: lights\n"),
+        f"{DAMAGED}it is not the file that bpf wrote. {AGAIN}",
+        1,
+    ),
+    "experiment.yaml that explodes": (
+        replaced(
+            "experiment.yaml",
+            b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+            + b"".join(
+                f"{one}: &{one} [{','.join(9 * [f'*{before}'])}]\n".encode()
+                for before, one in zip("abcdefgh", "bcdefghi", strict=True)
+            ),
+        ),
+        f"{DAMAGED}its aliases stand for too many values. {AGAIN}",
+        1,
+    ),
     "newer format": (
         edited("format: 2", "format: 9"),
         "ex/experiment.yaml is of format 9; this bpf reads format 2.",
+        2,
     ),
-    "field gone": (edited("name: ex", "nam: ex"), f"{DAMAGED} (look at name)."),
-    "wrong types": (edited("sessions:", "sessions: 5\nx:"), f"{DAMAGED} (look at sessions)."),
+    "field gone": (edited("name: ex", "nam: ex"), f"{DAMAGED}name: field required. {AGAIN}", 1),
+    "wrong types": (
+        edited("sessions:", "sessions: 5\nx:"),
+        f"{DAMAGED}sessions: input should be a valid list. {AGAIN}",
+        1,
+    ),
+    "a name that is a path": (
+        edited("name: ex", "name: ../../ex"),
+        f"{DAMAGED}name: a name has no slashes and no control characters, and is not empty or dots alone. {AGAIN}",
+        1,
+    ),
+    "a path of 3,000 characters": (
+        edited("data_dir: ", f"data_dir: {3000 * 'x'}"),
+        f"{DAMAGED}data_dir: the path is too long. {AGAIN}",
+        1,
+    ),
+    "a date that is none": (
+        edited("created: '2", "created: '9999999"),
+        f"{DAMAGED}created: it is no date and time. {AGAIN}",
+        1,
+    ),
     "an older format without its commands": (
         edited("format: 2", "format: 1"),
         "ex/experiment.yaml is of format 1; this bpf reads format 2.",
+        2,
     ),
-    "unknown kind": (edited("kind: tune", "kind: walk"), f"{DAMAGED} (look at kind)."),
+    "unknown kind": (
+        edited("kind: tune", "kind: walk"),
+        f"{DAMAGED}kind: input should be 'tune' or 'train'. {AGAIN}",
+        1,
+    ),
     "spec that was edited": (
         edited("epochs: 3", "epochs: many"),
         "The spec in ex/experiment.yaml is not one that this bpf accepts:\n"
         "epochs: 'many' is not accepted: it must be a valid integer, unable to parse string as an integer.",
+        2,
     ),
     "spec without skew": (
         edited("  skew_type:", "  skew_typ:"),
         "The spec in ex/experiment.yaml is not one that this bpf accepts:\n"
         "Unknown field 'skew_typ'. Did you mean 'skew_type'?",
+        2,
     ),
     "study.db gone": (
         without("study.db"),
         "{work}/ex/study.db is missing, and with it the results of ex. "
         "Put it back, or start anew in another directory.",
+        2,
     ),
     "study.db garbage": (
         replaced("study.db", b"garbage"),
-        f"{DATABASE} cannot be used as a study database: file is not a database.",
+        f"{DATABASE} is damaged: file is not a database. Put back a copy of it, or start anew elsewhere.",
+        1,
     ),
-    "study.db empty": (replaced("study.db", b""), f"{DATABASE} is a database, but no bpf study."),
+    "study.db empty": (replaced("study.db", b""), f"{DATABASE} is a database, but no bpf study.", 2),
+    "study.db a link to itself": (
+        linked("study.db", "study.db"),
+        "ex/study.db is a link, and bpf neither writes nor deletes through links. Put what it stands for in its "
+        "place; a study or checkpoints can lie elsewhere with --storage and --checkpoints.",
+        2,
+    ),
 }
 
 
 @pytest.mark.parametrize("command", ["status ex", "best ex --json", "resume ex -q", GRID], ids=lambda c: c.split()[0])
 @pytest.mark.parametrize("case", BROKEN_EXPERIMENTS)
 def test_an_experiment_that_is_broken(bpf_: Bpf, made: Experiments, work: Path, case: str, command: str) -> None:
-    damage, message = BROKEN_EXPERIMENTS[case]
+    damage, message, code = BROKEN_EXPERIMENTS[case]
     shutil.copytree(made.done, work / "ex")
     damage(work / "ex")
     if case == "experiment.yaml gone" and command == GRID:
         message = "ex is not an experiment, and not empty. Choose another directory."
-    refused(bpf_, command, message.format(work=work))
+    refused(bpf_, command, message.format(work=work), code)
 
 
 def test_directories_that_are_no_experiments(bpf_: Bpf, work: Path) -> None:
@@ -1165,11 +1239,41 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def older(change: Callable[[dict[str, Any]], Any] = lambda content: None) -> Callable[[Path], None]:
+    """A checkpoint as bpf 0.2 wrote it, after a change."""
+
     def rewrite(path: Path) -> None:
-        content = torch.load(path, weights_only=True)
+        content = checkpoint.load(path, path.stem) | {"format": 2, "cohort": path.stem}
         change(content)
         torch.save(content, path)
+
+    return rewrite
+
+
+def flip_older(path: Path) -> None:
+    """One bit in a tensor, which torch does not notice."""
+    older()(path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def sealed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A checkpoint with a checksum that is right, after a change."""
+
+    def rewrite(path: Path) -> None:
+        content = checkpoint.load(path, path.stem)
+        change(content)
+        specs = [RunSpec.model_validate(spec) for spec in content["specs"]]
+        checkpoint.save(path, path.stem, content["cells"], specs, content["states"])
 
     return rewrite
 
@@ -1179,9 +1283,23 @@ def other_network(network: dict[str, torch.Tensor]) -> None:
     network.popitem()
 
 
+def shorter(tensors: dict[str, torch.Tensor]) -> None:
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name] = tensors[name][..., :1].contiguous()
+
+
+def moved(record: dict[str, Any]) -> None:
+    record["epochs"] += 1
+
+
 UNREADABLE = "is damaged and cannot be read"
+MISSING = "is damaged: parts of it are missing or no such parts"
+CHECKSUM = "is damaged: it does not agree with its checksum"
+UNFIT = "does not fit its cells"
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncate, UNREADABLE),
+    "truncated": (truncate, CHECKSUM),
+    "one bit": (flip, CHECKSUM),
+    "one bit of an older one": (flip_older, f"{CHECKSUM}s"),
     "empty": (lambda path: path.write_bytes(b"") and None, UNREADABLE),
     "garbage": (lambda path: path.write_bytes(BINARY * 9) and None, UNREADABLE),
     "a plain pickle with code": (lambda path: path.write_bytes(pickle.dumps(Code())) and None, UNREADABLE),
@@ -1189,22 +1307,29 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda path: torch.save({"format": 1, "cohort": path.stem, "state": Code()}, path),
         "is refused: it holds more than tensors and plain values, and loading it could run code",
     ),
-    "newer format": (
-        changed(lambda content: content.update(format=9)),
-        "is of a format that this bpf does not read",
-    ),
+    "newer format": (older(lambda content: content.update(format=9)), "is of a format that this bpf does not read"),
     "no checkpoint": (lambda path: torch.save([1, 2], path), "is of a format that this bpf does not read"),
-    "other cells": (changed(lambda content: content.update(cohort="another")), "belongs to other cells"),
-    "without a state": (changed(lambda content: content.pop("states")), "is damaged: parts of it are missing"),
-    "no states": (changed(lambda content: content["states"].clear()), "is damaged: parts of it are missing"),
-    "a cell too few": (changed(lambda content: content["cells"].pop()), "is damaged: parts of it are missing"),
-    "half a state": (changed(lambda content: content["states"][0].pop("records")), "does not fit its cells"),
-    "no state": (changed(lambda content: content["states"].insert(0, None)), "does not fit its cells"),
-    "another network": (
-        changed(lambda content: other_network(content["states"][0]["network"])),
-        "does not fit its cells",
+    "other cells": (older(lambda content: content.update(cohort="another")), "belongs to other cells"),
+    "without a state": (older(lambda content: content.pop("states")), MISSING),
+    "no states": (older(lambda content: content["states"].clear()), MISSING),
+    "a cell too few": (older(lambda content: content["cells"].pop()), MISSING),
+    "half a state": (older(lambda content: content["states"][0].pop("records")), MISSING),
+    "no state": (older(lambda content: content["states"].insert(0, None)), MISSING),
+    "specs that are none": (older(lambda content: content["specs"][0].update(lr="fast")), UNFIT),
+    "another network": (sealed(lambda content: other_network(content["states"][0]["network"])), UNFIT),
+    "a network of doubles": (
+        sealed(
+            lambda c: c["states"][0]["network"].update({n: t.double() for n, t in c["states"][0]["network"].items()})
+        ),
+        UNFIT,
     ),
-    "other specs": (changed(lambda content: content["specs"][0].update(lr="fast")), "does not fit its cells"),
+    "another optimizer": (sealed(lambda content: shorter(content["states"][0]["optimizer"]["weight.0"])), UNFIT),
+    "half an optimizer": (sealed(lambda content: content["states"][0]["optimizer"]["weight.0"].popitem()), UNFIT),
+    "another best network": (sealed(lambda content: shorter(content["states"][0]["best"])), UNFIT),
+    "other learning rates": (sealed(lambda content: content["specs"][0].update(lr=0.5)), UNFIT),
+    "another structure": (sealed(lambda content: [spec.update(arch="9") for spec in content["specs"]]), UNFIT),
+    "a run twice": (sealed(lambda content: content["states"][0]["stacked"].append(0)), UNFIT),
+    "an epoch more": (sealed(lambda content: moved(content["states"][0]["records"][0])), UNFIT),
 }
 
 
@@ -1212,32 +1337,28 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_broken_checkpoint(
     bpf_: Bpf, made: Experiments, truth: dict[str, Any], work: Path, case: str, request: pytest.FixtureRequest
 ) -> None:
+    """It is told, kept under another name and not believed: its cells come out as if it had never been."""
     if case == "truncated":  # a worker process tells the same
         request.getfixturevalue("in_workers")
     damage, reason = BROKEN_CHECKPOINTS[case]
     shutil.copytree(made.half, work / "ex")
-    checkpoint = next((work / "ex/checkpoints").iterdir())
-    damage(checkpoint)
-    before = tree(work / "ex/checkpoints")
+    path = next((work / "ex/checkpoints").iterdir())
+    damage(path)
+    before = path.read_bytes()
     outcome = bpf_("resume ex -q")
-    cure = "Move it away, and `bpf resume` trains its cells from their start."
-    assert outcome == Outcome(1, "", f"Error: The checkpoint {checkpoint} {reason}. {cure}\n")
+    assert outcome.code == 0
+    kept = f"It is kept as {path.name}.damaged, and its cells are trained from their start."
+    assert outcome.err == f"The checkpoint {path} {reason}. {kept}\n"
     assert not (work / "hacked").exists()
-    assert tree(work / "ex/checkpoints") == before
-    assert not (work / "ex/models").exists()
-    cells = json.loads(bpf_("status ex --json").out)["cells"]
-    assert cells == {
-        "total": 2,
-        "pending": 0,
-        "interrupted": 2,
-        "running": 0,
-        "complete": 0,
-        "diverged": 0,
-        "failed": 0,
-    }
-    checkpoint.rename(work / "away.pt")
-    assert bpf_("resume ex -q").code == 0
+    assert [(left.name, left.read_bytes()) for left in path.parent.iterdir()] == [(f"{path.name}.damaged", before)]
     assert results(bpf_) == truth
+
+
+def test_a_checkpoint_is_set_aside_beside_others(work: Path) -> None:
+    for number, end in enumerate(("", "-2", "-3")):
+        (work / "a.pt").write_text(f"{number}")
+        assert checkpoint.set_aside(work / "a.pt") == work / f"a.pt.damaged{end}"
+    assert sorted(path.read_text() for path in work.iterdir()) == ["0", "1", "2"]
 
 
 # Rules

@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, Place
 from bpf.results import dashboard
+from bpf.study.cells import Row
 from bpf.study.database import Database
-from bpf.study.plan import Row
 from invented import finished, planned, record
 from waiting import SECONDS
 

@@ -13,7 +13,7 @@ import pytest
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
 from bpf.results import exporting
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from invented import finished, planned, record
 
 PARAMETERS = {

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
-from bpf.study.plan import Row
+from bpf.study.cells import Row
+from bpf.study.view import StudyView
 
 GRID = [
     *("--dataset", "digits", "--algorithm", "bp,drtp", "--arch", "8", "--activation", "tanh", "--no-batch-norm"),
@@ -229,16 +230,34 @@ def test_cleaning_removes_what_nothing_needs(tmp_path: Path, capsys: pytest.Capt
     directory = tmp_path / "grid"
     tune(directory, **{"keep-checkpoints": True})
     capsys.readouterr()
-    needed = {path for path in directory.rglob("*") if path.is_file()}
-    litter = {
+    with StudyView.open(directory / "study.db") as study:
+        best, rows = study.best("bp"), study.rows(rule="bp")
+    assert best is not None
+    worse = next(row for row in rows if row.key != best[0])
+    foreign = {
+        directory / "checkpoints" / "mine.pt",
         directory / "checkpoints" / "0123456789abcdef.pt",
         directory / "checkpoints" / ".0123456789abcdef.pt.0a1b2c3d",
+        directory / "checkpoints" / f"{worse.cohort}.pt.damaged",
+        directory / "models" / "bp" / "paper.safetensors",
         directory / "models" / "bp" / "0123456789abcdef.safetensors",
+        directory / "models" / "bp" / f"{worse.key}-copy.safetensors",
+        directory / "locks" / "poetry.lock",
+        directory / "study.new.db-notes",
+        directory / ".notes.markdown",
+        directory / ".env.template",
+    }
+    for path in foreign:
+        path.write_bytes(b"of somebody else")
+    needed = {path for path in directory.rglob("*") if path.is_file()}
+    litter = {
+        directory / "checkpoints" / f".{worse.cohort}.pt.0a1b2c3d",
+        directory / "models" / "bp" / f"{worse.key}.safetensors",
+        directory / "models" / "bp" / f".{best[0]}.safetensors.0a1b2c3d",
         directory / ".experiment.yaml.0a1b2c3d",
         directory / "study.new.db-wal",
-        directory / "locks" / "0123456789abcdef.lock",
     }
-    for path in litter - {directory / "locks" / "0123456789abcdef.lock"}:
+    for path in litter:
         path.write_bytes(b"litter")
     before = outcomes(directory)
 
@@ -246,11 +265,11 @@ def test_cleaning_removes_what_nothing_needs(tmp_path: Path, capsys: pytest.Capt
         return capsys.readouterr().out
 
     told = clean(directory, "--dry-run", read=read)
-    expected = sorted(map(str, litter - {directory / "locks" / "0123456789abcdef.lock"}))
+    expected = sorted(map(str, litter))
     assert told == {"files": expected, "bytes": 6 * len(expected)}
     assert clean(directory, read=read) == told
     assert {path for path in directory.rglob("*") if path.is_file()} == needed
-    kept = sorted(map(str, (directory / "checkpoints").iterdir()))
+    kept = sorted(str(path) for path in (directory / "checkpoints").iterdir() if path not in foreign)
     assert clean(directory, "--checkpoints", read=read)["files"] == kept
     assert outcomes(directory) == before
 

@@ -19,13 +19,14 @@ from optuna.samplers import GridSampler
 import bpf as package
 from bpf.cli import app as cli
 from bpf.errors import UsageError
-from bpf.experiment.directory import Experiment, find, open_experiment, prepare
+from bpf.experiment.directory import Experiment, open_experiment, prepare
 from bpf.experiment.grid import setup
 from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
+from bpf.experiment.places import find
 from bpf.results import summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from bpf.study.ranking import Spread, best_columns, best_per
 from remembering import remembered
 

@@ -14,7 +14,7 @@ from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.results import notifying
 from bpf.results.notifying import Notifier, check, hidden, shown, summarize
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from invented import finished, planned, record
 from waiting import SECONDS
 

@@ -21,7 +21,7 @@ from bpf.report import comparing, drawing, figure_sections, figures, memory, rep
 from bpf.report.block import block
 from bpf.report.drawing import Palette, short, word
 from bpf.results import summary
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from browser import check_page
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

@@ -12,10 +12,11 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -25,11 +26,13 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 import bpf.study.trials
-from bpf.errors import RunError, UsageError
+from bpf.errors import BpfError, Damaged, RunError, UsageError
+from bpf.spec.run import digest
 from bpf.study import database, schema
+from bpf.study.cells import Axis, Cell, Claim, Row
 from bpf.study.owner import Owner
-from bpf.study.plan import Axis, Cell, Claim, Row
 from bpf.study.study import Study
+from invented import RESULT
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,12 +41,16 @@ RATE = Axis("lr", [0.1, 0.01, 0.001], low=1e-10, high=1e3, log=True)
 BATCH = Axis("batch_size", [32, 64], low=1, high=65536)
 
 
+def key_of(rule: str, params: Mapping[str, Any]) -> str:
+    return digest({"rule": rule, **params})
+
+
 def cells_of(axes: list[Axis], rule: str = "dfa") -> list[Cell]:
     """Every point; the architecture is what a cohort must share."""
     points = itertools.product(*(axis.values for axis in axes))
     named = [dict(zip([axis.name for axis in axes], point, strict=True)) for point in points]
     return [
-        Cell(f"{rule}:{params}", rule, f"{rule}/{params.get('arch')}", params, {"epochs": 3, **params})
+        Cell(key_of(rule, params), rule, f"{rule}/{params.get('arch')}", params, {"epochs": 3, **params})
         for params in named
     ]
 
@@ -65,7 +72,7 @@ def finish_all(study: Study, owner: Owner, value: float = 1.0) -> int:
     count = 0
     while (claim := study.claim(owner, lambda row: 2)) is not None:
         for row in claim.rows:
-            study.finish(claim, row.key, value + row.ordinal, "complete", {"loss": value})
+            study.finish(claim, row.key, value + row.ordinal, "complete", RESULT)
             count += 1
     return count
 
@@ -80,7 +87,8 @@ def storage(path: Path) -> optuna.storages.RDBStorage:
 
 
 def run_child(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    program = f"RESULT = {RESULT!r}\n{textwrap.dedent(script)}"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -93,7 +101,7 @@ KILLED_WHILE_TRAINING = """
     study = Study.open(sys.argv[1])
     claim = study.claim(Owner(study.locks), lambda row: int(sys.argv[2]))
     for row in claim.rows[:int(sys.argv[3])]:
-        study.finish(claim, row.key, 0.5, "complete", {})
+        study.finish(claim, row.key, 0.5, "complete", RESULT)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -124,7 +132,7 @@ def test_optuna_reads_the_grid_as_its_own(path: Path, study: Study, owner: Owner
     for done in range(6):
         assert not sampler.is_exhausted(optuna_study(path)), f"exhausted after {done} of 6"
         claim = claimed(study, owner)
-        study.finish(claim, claim.rows[0].key, float(done), "complete", {"loss": [done]})
+        study.finish(claim, claim.rows[0].key, float(done), "complete", RESULT | {"loss": [done]})
     assert study.claim(owner, lambda row: 1) is None
 
     read = optuna_study(path)
@@ -139,7 +147,7 @@ def test_optuna_reads_the_grid_as_its_own(path: Path, study: Study, owner: Owner
         "name": study.rows()[3].name,
         "cell": study.rows()[3].key,
         "attempt": 1,
-        "result": {"loss": [3]},
+        "result": RESULT | {"loss": [3]},
     }
 
 
@@ -237,11 +245,11 @@ def test_nothing_is_logged(path: Path) -> None:
         import sys
         import optuna
         from bpf.study.owner import Owner
-        from bpf.study.plan import Axis, Cell
+        from bpf.study.cells import Axis, Cell
         from bpf.study.study import Study
 
         with Study.create(sys.argv[1], "mine", {}) as study, Owner(study.locks) as owner:
-            study.plan({"bp": []}, [Cell("key", "bp", "any", {}, {})])
+            study.plan({"bp": []}, [Cell("key", "bp", "any", {}, {"epochs": 1})])
             claim = study.claim(owner, lambda row: 1)
             study.finish(claim, "key", 1.0, "complete", {})
         assert optuna.logging.get_verbosity() == optuna.logging.INFO, "a notebook's own setting"
@@ -292,9 +300,9 @@ def test_names_are_friendly_and_unique(study: Study) -> None:
 )
 def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner: Owner, wider: list[Axis]) -> None:
     first = claimed(study, owner)
-    study.finish(first, first.rows[0].key, 0.25, "complete", {})
+    study.finish(first, first.rows[0].key, 0.25, "complete", RESULT)
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, None, "diverged", {})
+    study.finish(claim, claim.rows[0].key, None, "diverged", RESULT)
     study.fail(claim, claim.rows[1].key, "Traceback")
     study.retry_failed()
     running = claimed(study, owner)
@@ -303,7 +311,7 @@ def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner:
     size = math.prod(len(axis.values) for axis in wider)
     assert study.plan({"dfa": wider}, cells_of(wider)) == size - 6
     assert GridSampler(study.search_space("dfa")).is_exhausted(optuna_study(path)) is False
-    study.finish(running, running.rows[0].key, 0.5, "complete", {})
+    study.finish(running, running.rows[0].key, 0.5, "complete", RESULT)
     assert finish_all(study, owner) == size - 3
 
     read = optuna_study(path)
@@ -429,7 +437,7 @@ def test_four_processes_claim_each_cell_once(path: Path) -> None:
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", {"owner": owner.token})
+                    study.finish(claim, row.key, row.params["lr"], "complete", RESULT | {"owner": owner.token})
                     print(row.key)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
@@ -475,7 +483,7 @@ def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: S
         claim = claimed(study, owner, size=2)
         study.release(claim)
         claim = claimed(study, owner, size=2)
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", {})
+        study.finish(claim, claim.rows[0].key, 1.0, "complete", RESULT)
         study.fail(claim, claim.rows[1].key, "Traceback")
         study.repair()
     finally:
@@ -494,8 +502,8 @@ def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: S
 
 def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, -5.0, "diverged", {"epoch": 3, "loss": math.nan})
-    study.finish(claim, claim.rows[1].key, 2.0, "complete", {})
+    study.finish(claim, claim.rows[0].key, -5.0, "diverged", RESULT | {"epoch": 3, "loss": math.nan})
+    study.finish(claim, claim.rows[1].key, 2.0, "complete", RESULT)
     assert study.retry_failed() == 0
     row = study.rows(state="diverged")[0]
     assert row.value is None
@@ -513,7 +521,7 @@ def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Stud
 def test_complete_needs_a_finite_value(study: Study, owner: Owner, value: float | None) -> None:
     claim = claimed(study, owner)
     with pytest.raises(ValueError, match=r"A complete cell has a finite value, not .*; did it diverge"):
-        study.finish(claim, claim.rows[0].key, value, "complete", {})
+        study.finish(claim, claim.rows[0].key, value, "complete", RESULT)
     with pytest.raises(ValueError, match="A cell finishes as 'complete' or 'diverged', not as 'done'"):
         study.finish(claim, claim.rows[0].key, 1.0, "done", {})
     assert study.counts()["running"] == 1
@@ -533,7 +541,7 @@ def test_a_failed_cell_is_tried_again_in_a_new_trial(path: Path, study: Study, o
     row = again.rows[0]
     assert (row.key, row.trial_number, row.attempt, row.error) == (failed.key, 2, 1, None)
     assert row.name != failed.name
-    study.finish(again, row.key, 0.0, "complete", {})
+    study.finish(again, row.key, 0.0, "complete", RESULT)
     assert optuna_study(path).best_trial.number == 2
 
 
@@ -544,9 +552,9 @@ def lost(row: Row) -> str:
 def test_a_cell_is_finished_once(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner)
     row = claim.rows[0]
-    study.finish(claim, row.key, 1.0, "complete", {})
+    study.finish(claim, row.key, 1.0, "complete", RESULT)
     with pytest.raises(RunError) as raised:
-        study.finish(claim, row.key, 2.0, "complete", {})
+        study.finish(claim, row.key, 2.0, "complete", RESULT)
     assert str(raised.value) == lost(row)
     with pytest.raises(RunError) as raised:
         study.fail(claim, row.key, "Traceback")
@@ -559,7 +567,7 @@ def test_a_released_cell_cannot_be_finished(study: Study, owner: Owner) -> None:
     assert study.release(claim) == 1
     assert study.release(claim) == 0
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 2.0, "complete", {})
+        study.finish(claim, claim.rows[0].key, 2.0, "complete", RESULT)
     assert str(raised.value) == lost(claim.rows[0])
     assert study.counts()["interrupted"] == 1
 
@@ -572,14 +580,16 @@ def test_the_value_of_the_new_owner_stays(path: Path, study: Study, owner: Owner
     row = claim.rows[0]
     assert row.key == stale.rows[0].key
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 7.0, "complete", {"by": "old"})
+        study.finish(stale, row.key, 7.0, "complete", RESULT | {"by": "old"})
     assert str(raised.value) == lost(row)
-    study.finish(claim, row.key, 1.0, "complete", {"by": "new"})
+    study.finish(claim, row.key, 1.0, "complete", RESULT | {"by": "new"})
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 8.0, "complete", {"by": "old"})
+        study.finish(stale, row.key, 8.0, "complete", RESULT | {"by": "old"})
     assert str(raised.value) == lost(row)
     assert study.rows(state="complete")[0].value == 1.0
-    assert [(trial.value, trial.user_attrs["result"]) for trial in optuna_study(path).trials] == [(1.0, {"by": "new"})]
+    assert [(trial.value, trial.user_attrs["result"]) for trial in optuna_study(path).trials] == [
+        (1.0, RESULT | {"by": "new"})
+    ]
 
 
 # What survives
@@ -600,7 +610,7 @@ def test_a_killed_process_leaves_its_cohort_to_the_next_at_once(path: Path, stud
         (row.key, row.trial_id, row.trial_number, row.name, 2) for row in left
     ]
     for row in claim.rows:
-        study.finish(claim, row.key, 1.0, "complete", {})
+        study.finish(claim, row.key, 1.0, "complete", RESULT)
     after = optuna_study(path).trials
     assert [trial.user_attrs["attempt"] for trial in after] == [1, 2, 2]
     assert [(trial.number, trial.datetime_start, trial.params) for trial in after] == [
@@ -644,7 +654,7 @@ KILLED_INSIDE = """
     original = getattr(RDBStorage, sys.argv[2])
     setattr(RDBStorage, sys.argv[2], killed)
     claim = study.claim(Owner(study.locks), lambda row: 1)
-    study.finish(claim, claim.rows[0].key, 0.5, "complete", {"loss": 0.5})
+    study.finish(claim, claim.rows[0].key, 0.5, "complete", RESULT | {"loss": 0.5})
 """
 
 
@@ -747,7 +757,7 @@ def test_any_path_will_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
 
 
 def opening_fails(where: str | Path, experiment: str | None = None) -> str:
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(BpfError) as raised:
         Study.open(where, experiment)
     return str(raised.value)
 
@@ -771,9 +781,9 @@ def test_a_missing_database_is_not_made(path: Path) -> None:
 
 def test_a_text_file_is_no_database(path: Path) -> None:
     path.write_text("lr: 0.1\n" * 200)
-    reason = f"{path} cannot be used as a study database: file is not a database."
+    reason = f"{path} is damaged: file is not a database. Put back a copy of it, or start anew elsewhere."
     assert opening_fails(path) == reason
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(Damaged) as raised:
         Study.create(path, "mine", {})
     assert str(raised.value) == reason
 
@@ -889,7 +899,7 @@ def test_a_trial_that_another_program_ended_is_reported(
     claim = claimed(study, owner)
     meddle(path, optuna_study(path).trials[0])
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", {})
+        study.finish(claim, claim.rows[0].key, 1.0, "complete", RESULT)
     assert str(raised.value) == (
         f"Another program has deleted or ended the Optuna trial with the id {claim.rows[0].trial_id}, "
         "which bpf was running; the outcome of its cell was not stored."

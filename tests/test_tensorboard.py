@@ -19,9 +19,10 @@ import torch
 from bpf import api
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
+from bpf.experiment.places import model_path
 from bpf.results import models, summary, tensorboard
 from bpf.spec.run import RunSpec
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from invented import finished, planned, record
 from waiting import SECONDS, eventually
 
@@ -161,7 +162,7 @@ def test_the_weights_of_the_best_network_become_histograms(tmp_path: Path) -> No
     best, other = rows(experiment)
     network = {"weight.0": torch.linspace(-1, 3, 101).reshape(1, 101), "bias.0": torch.zeros(1, 8)}
     for row in (best, other):
-        path = models.path_of(experiment.files / "models", row.rule, row.key)
+        path = model_path(experiment.files / "models", row.rule, row.key)
         models.save(path, network, RunSpec.model_validate(row.spec), (1, 8, 8), ["0"])
     tensorboard.write(experiment, tmp_path / "logs")
     multiplexer = read(tmp_path / "logs")

@@ -28,10 +28,11 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.cli import app as cli
 from bpf.errors import RunError
 from bpf.experiment.directory import Experiment, open_experiment
+from bpf.experiment.places import model_path
 from bpf.results import models, summary
 from bpf.spec.grid import GridSpec
+from bpf.study.cells import Axis, Cell, Row
 from bpf.study.owner import Owner
-from bpf.study.plan import Axis, Cell, Row
 from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
@@ -669,7 +670,7 @@ def test_a_model_that_becomes_the_best_meanwhile_is_not_removed(tmp_path: Path) 
             return {*keys} - {"training"}
 
     for name in ("old", "new", "worse", "training"):
-        path = models.path_of(tmp_path, "bp", name)
+        path = model_path(tmp_path, "bp", name)
         path.parent.mkdir(exist_ok=True)
         path.touch()
     working: Any = SimpleNamespace(job=SimpleNamespace(models=tmp_path), study=Meanwhile())

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bpf.console.screen import out, say
 from bpf.experiment.grid import Grid
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from bpf.errors import UsageError
-from bpf.experiment.file import FORMAT, read
+from bpf.errors import RunError, UsageError
+from bpf.experiment import places
+from bpf.experiment.file import FORMAT, Session, read
 from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.provenance import provenance, redacted
@@ -23,8 +24,8 @@ from bpf.experiment.settings import merged, stored_grid
 from bpf.files import explaining, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
 from bpf.spec.grid import GridSpec
+from bpf.study.cells import Cell, Row
 from bpf.study.database import Database
-from bpf.study.plan import Cell, Row
 from bpf.study.view import StudyView
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class Experiment:
     def begun(self) -> bool:
         """Whether anything of it is on disk, so that it is gone on with."""
         return (self.directory / "experiment.yaml").exists()
+
+    @property
+    def mark(self) -> places.Mark:
+        """What it leaves where its files lie outside its directory."""
+        return {"experiment": self.name, "created": self.created}
 
     @property
     def is_here(self) -> bool:
@@ -132,13 +138,14 @@ class Experiment:
         grid = expand(self.grid, self.rules())
         study = self._create_study() if self.is_unplanned() else self.open_study()
         try:
-            before = stored_grid(study.settings["spec"])
+            before = stored_grid(study.spec)
             reopened = self._longer(study, before, grid)
             more = self.grid.executions_per_trial
+            former = study.former | {key for key, cell in reopened.items() if self._has_model(cell.rule, key)}
             study.plan(
                 grid.axes,
                 grid.cells,
-                self._settings(),
+                self._settings() | ({"former": sorted(former)} if former else {}),
                 reopened,
                 more if more > before.executions_per_trial else None,
             )
@@ -152,6 +159,7 @@ class Experiment:
         return {
             "kind": self.kind,
             "spec": self.grid.model_dump(mode="json"),
+            "created": self.created,
             "files": str(self.files.resolve()),
             "keep_checkpoints": self.keep_checkpoints,
         }
@@ -173,6 +181,7 @@ class Experiment:
                 f"{grown} where the checkpoints of finished cells were kept (--keep-checkpoints), and those of "
                 f"{len(lost)} cells were not. Choose another directory."
             )
+        self._check_checkpoints({row.cohort for row in complete if row.cohort})
         new = {(cell.rule, tuple(cell.params.items())): cell for cell in grid.cells}
         old = expand(before, self.rules()).cells
         return {cell.key: new[cell.rule, tuple(cell.params.items())] for cell in old}
@@ -180,6 +189,19 @@ class Experiment:
     def _can_go_on(self, row: Row) -> bool:
         """Whether one checkpoint holds the ends of all executions of a finished cell."""
         return row.cohort is not None and self.checkpoint(row.cohort).exists() and not row.added
+
+    def _check_checkpoints(self, cohorts: set[str]) -> None:
+        """Raise Damaged for one that is: a cell that goes on is not complete any more."""
+        from bpf.training import checkpoint
+
+        for cohort in sorted(cohorts):
+            try:
+                checkpoint.load(self.checkpoint(cohort), cohort)
+            except checkpoint.Unusable as error:
+                raise RunError(f"{error}, so its cells cannot go on. Choose another directory.") from error
+
+    def _has_model(self, rule: str, key: str) -> bool:
+        return places.model_path(self.files / "models", rule, key).exists()
 
     def is_unplanned(self) -> bool:
         if self.database.missing():
@@ -203,8 +225,8 @@ class Experiment:
         return self.open_study()
 
     def _discard(self, database: Path) -> None:
-        for path in self.directory.glob(f"{database.name}*"):
-            path.unlink()
+        for end in ("", "-wal", "-shm", "-journal"):
+            database.with_name(database.name + end).unlink(missing_ok=True)
 
     def _has_trained(self) -> bool:
         return any(any((self.files / name).glob("*")) for name in ("models", "checkpoints"))
@@ -212,7 +234,7 @@ class Experiment:
     def save(self, command: Sequence[str]) -> None:
         """Write `experiment.yaml`, remembering how and on what the experiment was made, extended or gone on with."""
         path = self.directory / "experiment.yaml"
-        earlier = read(path)["sessions"] if path.exists() else []
+        earlier = read(path).sessions if path.exists() else []
         session = {"time": _now(), "command": redacted(command), **provenance(self._plugins())}
         content = {
             "format": FORMAT,
@@ -228,10 +250,9 @@ class Experiment:
         }
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def sessions(self) -> list[dict[str, Any]]:
+    def sessions(self) -> list[Session]:
         """Each start: its time, command, versions, git state and hardware, the first one first."""
-        sessions: list[dict[str, Any]] = read(self.directory / "experiment.yaml")["sessions"]
-        return sessions
+        return read(self.directory / "experiment.yaml").sessions
 
     def _plugins(self) -> Iterator[Any]:
         names = {ALGORITHMS: self.grid.algorithm, TRACKERS: self.grid.trackers}
@@ -248,7 +269,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
     epochs or executions grew. Raises UsageError, showing the difference, if they differ otherwise, or if the
     directory holds something else.
     """
-    name = place.name or _default_name(directory.resolve())
+    name = places.named(place.name or places.default_name(directory.resolve()))
     files = place.checkpoints.resolve() / name if place.checkpoints else directory
     wanted = Experiment(
         directory,
@@ -287,48 +308,32 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
         raise UsageError(f"{directory} is not an experiment: {found}.")
     if not path.is_file():
         raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml.")
+    places.check_links(directory)
     content = read(path)
     try:
-        grid = stored_grid(content["spec"])
+        grid = stored_grid(content.spec)
     except UsageError as error:
         raise UsageError(f"The spec in {path} is not one that this bpf accepts:\n{error}") from error
-    stored = Database.at(content["storage"]) if content.get("storage") else _own_database(directory)
+    stored = Database.at(content.storage) if content.storage else _own_database(directory)
     database = place.storage or stored  # the one given may know the password
     if place.usual and database.public != stored.public:
         database = stored
-    files = Path(content["files"]) if content.get("files") else directory
-    moved = place.checkpoints.resolve() / content["name"] if place.checkpoints else files
+    files = Path(content.files) if content.files else directory
+    moved = place.checkpoints.resolve() / content.name if place.checkpoints else files
     for what, asked, there in (
         ("study is kept in", database.public, stored.public),
-        ("name is", place.name or content["name"], content["name"]),
+        ("name is", place.name or content.name, content.name),
         ("checkpoints lie in", moved, files),
     ):
         if asked != there:
             raise UsageError(f"The experiment in {directory} cannot be moved: its {what} {there}, not {asked}.")
-    kept = bool(content.get("keep_checkpoints")) or place.keep_checkpoints
-    data_dir, created = Path(content["data_dir"]), content["created"]
-    return Experiment(directory, content["kind"], content["name"], grid, data_dir, created, database, files, kept)
-
-
-def _default_name(directory: Path) -> str:
-    """A later phase, inside an experiment's directory, is named after both, as it may share a database with others."""
-    inside = (directory.parent / "experiment.yaml").exists()
-    return f"{directory.parent.name}-{directory.name}" if inside else directory.name
+    kept = content.keep_checkpoints or place.keep_checkpoints
+    data_dir, created = Path(content.data_dir), content.created
+    return Experiment(directory, content.kind, content.name, grid, data_dir, created, database, files, kept)
 
 
 def _own_database(directory: Path) -> Database:
     return Database.at(directory / "study.db")
-
-
-def find(root: Path) -> list[Path]:
-    """The experiments below `root` and their later phases, the one touched last first."""
-
-    def touched(directory: Path) -> float:
-        files = (directory / name for name in ("experiment.yaml", "study.db", "study.db-wal"))
-        return max(path.stat().st_mtime for path in files if path.exists())
-
-    found = [path.parent for pattern in ("*", "*/val_*") for path in root.glob(f"{pattern}/experiment.yaml")]
-    return sorted(found, key=touched, reverse=True)
 
 
 def _foreign(directory: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from bpf.spec.fields import choices
 from bpf.spec.grid import REGULARISATION, TUNABLE, GridSpec
 from bpf.spec.run import RunSpec, digest, work
 from bpf.spec.values import BOUNDED_ACTIVATIONS
-from bpf.study.plan import Axis, Cell, Value
+from bpf.study.cells import Axis, Cell, Value
 
 if TYPE_CHECKING:
     from bpf.algorithms import Algorithm

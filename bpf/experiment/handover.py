@@ -21,7 +21,7 @@ from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
 from bpf.spec.grid import TUNABLE, GridSpec, Rate
 from bpf.spec.run import Settings
-from bpf.study.plan import OPEN, Row, Value
+from bpf.study.cells import OPEN, Row, Value
 from bpf.study.ranking import Spread, rank
 from bpf.words import counted
 

@@ -5,7 +5,7 @@ Weights are `[runs, out, in]`, activations `[runs, batch, units]`, feedback matr
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -232,6 +232,10 @@ class Network:
         running = {n: t for n, t in self.buffers.items() if n.startswith(("mean.", "variance."))}
         return self.parameters | running
 
+    def check_state(self, state: dict[str, Tensor], runs: int | None) -> None:
+        """Raise ValueError for what is not the `state` of so many runs, or of one without the run axis."""
+        check_tensors(state, {n: (t.shape[1:], t.dtype) for n, t in self.state().items()}, runs)
+
     def logits(self, inputs: Tensor) -> Tensor:
         """The output layer's pre-activations as in use: running statistics, no dropout."""
         h = inputs
@@ -301,3 +305,15 @@ def _scratch(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         size[kind] = max(size.get(kind, 0), tensor.numel())
     memory = {kind: next(iter(parameters.values())).new_zeros(n) for kind, n in size.items()}
     return {n: memory[n.partition(".")[0]][: t.numel()].view(t.shape) for n, t in parameters.items()}
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]], runs: int | None
+) -> None:
+    """Raise ValueError for tensors with other names, types or shapes; `expected` are shapes without the run axis."""
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"The tensors are {', '.join(sorted(tensors))}, and not {', '.join(sorted(expected))}.")
+    for name, (shape, dtype) in expected.items():
+        tensor, wanted = tensors[name], shape if runs is None else (runs, *shape)
+        if not isinstance(tensor, Tensor) or tensor.shape != wanted or tensor.dtype != dtype:
+            raise ValueError(f"{name} is not {dtype} {list(wanted)}.")

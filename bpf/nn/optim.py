@@ -11,10 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpf.nn.network import Network
+from bpf.nn.network import Network, check_tensors
 
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> state name (such as `exp_avg`) -> tensor with a leading run axis."""
+
+
+_MEMORY = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "rmsprop": ("square_avg",),
+    "sgd": ("momentum_buffer",),
+    "nag": ("momentum_buffer",),
+}
+"""What torch's optimizers remember of each parameter, besides how many steps they have done."""
 
 
 def _make(name: str, groups: list[dict[str, Any]], momentum: float, fused: bool) -> torch.optim.Optimizer:
@@ -43,6 +53,9 @@ class StackedOptimizer:
         momentum: float = 0.9,
         layerwise: bool = False,
     ) -> None:
+        self._memory, self._counts = _MEMORY[name], name not in ("sgd", "nag")
+        if not momentum and not self._counts:
+            self._memory = ()
         self._blocks = _blocks(list(zip(learning_rates, weight_decays, strict=True)))
         self._views: dict[str, list[Tensor]] = {}
         for parameter_name, parameter in network.parameters.items():
@@ -76,6 +89,20 @@ class StackedOptimizer:
                     part = stacked[start:stop]
                     scalar = part.dim() == 1
                     own[key] = part[0].to(self._scalars_on).clone() if scalar else part.to(view.device).clone()
+
+    def check_state(self, state: State, runs: int | None, begun: bool = True) -> None:
+        """Raise ValueError for what is not the `state` of this optimizer for so many runs, or for one alone.
+
+        One that has not `begun` remembers nothing. The memory of torch's optimizers must be whole: one with a tensor of
+        another shape ends the process.
+        """
+        if state.keys() != self._views.keys():
+            raise ValueError("It is the state of other parameters.")
+        for name, views in self._views.items():
+            shape, dtype = views[0].shape[1:], views[0].dtype
+            memory = dict.fromkeys(self._memory, (shape, dtype))
+            scalars = {"step": (torch.Size(), torch.float32)} if self._counts else {}
+            check_tensors(state[name], scalars | memory if begun else {}, runs)
 
     def _groups(self, names: list[str]) -> list[dict[str, Any]]:
         return [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bpf.experiment.directory import Experiment
 from bpf.report import drawing, tables
 from bpf.report.drawing import Palette
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, rank, winners
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from bpf.report.tables import complete, executions, objective_of, of_rule, rules_of
-from bpf.study.plan import Row, Value
+from bpf.study.cells import Row, Value
 
 CONFIDENCE = 0.95
 ENOUGH = 3

@@ -11,9 +11,10 @@ import torch
 from bpf.data.cache import load
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
+from bpf.experiment.places import model_path
 from bpf.nn.losses import predict, squash_for
 from bpf.results import models
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 from bpf.training.feed import SCALES
 
 SHOWN = 8
@@ -55,7 +56,7 @@ def reconstruct(experiment: Experiment, best: Iterable[Row]) -> Reconstructions:
 
 
 def _path(experiment: Experiment, row: Row) -> Path:
-    return models.path_of(experiment.files / "models", row.rule, row.key)
+    return model_path(experiment.files / "models", row.rule, row.key)
 
 
 def _shown(image: torch.Tensor) -> Pixels:

@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Problem, Step
 from bpf.experiment.directory import Experiment
+from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Dropout
 from bpf.results import models
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def of_cell(experiment: Experiment, row: Row) -> Memory:
     second step is measured, as the optimizer makes its memory in the first.
     """
     model, rule = (
-        models.read(models.path_of(experiment.files / "models", row.rule, row.key)),
+        models.read(model_path(experiment.files / "models", row.rule, row.key)),
         load_rules([row.rule])[row.rule],
     )
     spec = model.spec

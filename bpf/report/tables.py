@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpf.study.plan import OPEN, Row, Value
+from bpf.study.cells import OPEN, Row, Value
 from bpf.study.ranking import tracking_share
 
 Series = tuple[Sequence[float], Sequence[float | None]]

@@ -23,7 +23,8 @@ from bpf.errors import UsageError, did_you_mean
 from bpf.experiment.directory import Experiment
 from bpf.extras import need
 from bpf.files import check_output, check_place, write_atomically
-from bpf.study.plan import Row
+from bpf.reading import file_name
+from bpf.study.cells import Row
 from bpf.study.ranking import result_columns
 from bpf.study.view import StudyView
 
@@ -139,11 +140,6 @@ def metrics(experiment: Experiment, directory: Path) -> list[Path]:
     return paths
 
 
-def file_name(rule: str) -> str:
-    """The name of a rule as a part of a path."""
-    return re.sub(r"[^\w.-]", "_", rule)
-
-
 def parameters(study: StudyView, rules: Sequence[str]) -> Columns:
     """The parameters of the rules with the type that suits all of their values, in the order of the first rule.
 
@@ -153,7 +149,7 @@ def parameters(study: StudyView, rules: Sequence[str]) -> Columns:
     for rule in rules:
         for axis in study.axes(rule):
             values.setdefault(axis.name, []).extend(axis.values)
-    handed_over = {"lr": float} if study.settings["spec"].get("lr_from") else {}
+    handed_over = {"lr": float} if study.spec.get("lr_from") else {}
     return {name: _kind(known) for name, known in values.items()} | handed_over
 
 
@@ -188,7 +184,7 @@ def measurements(record: Mapping[str, Any]) -> Iterator[Record]:
 
 def _results(study: StudyView) -> Table:
     rules = _rules(study)
-    name = study.settings["spec"]["objective"]
+    name = study.spec["objective"]
     records = (
         _cell(row) | result_columns(row) | {"objective_name": name, "best_epoch": _best_epoch(row)}
         for rule in rules
@@ -275,7 +271,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _rules(study: StudyView) -> list[str]:
-    rules: list[str] = study.settings["spec"]["algorithm"]
+    rules: list[str] = study.spec["algorithm"]
     return rules
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from bpf.errors import UsageError
+from bpf.experiment.places import model_path
 from bpf.files import check_output, write_atomically
 from bpf.nn.activations import LEAKY_SLOPE
 from bpf.nn.network import BATCH_NORM_EPSILON
@@ -44,11 +45,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def path_of(directory: Path, rule: str, key: str) -> Path:
-    """Where the network of a cell lies in an experiment's directory of models."""
-    return directory / re.sub(r"[^\w.-]", "_", rule) / f"{key}.safetensors"
-
-
 def save(
     path: Path, network: dict[str, Tensor], spec: RunSpec, shape: tuple[int, ...], classes: Collection[str]
 ) -> None:
@@ -60,8 +56,8 @@ def save(
 
 
 def kept(directory: Path, rule: str) -> dict[str, Path]:
-    """The networks of a rule that lie in an experiment's directory of models, by the cells' keys."""
-    return {path.stem: path for path in path_of(directory, rule, "").parent.glob("*.safetensors")}
+    """The networks of a rule that lie in an experiment's directory of models, by what would be the cells' keys."""
+    return {path.stem: path for path in model_path(directory, rule, "").parent.glob("*.safetensors")}
 
 
 def discard(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from bpf.errors import RunError
 from bpf.experiment.directory import Experiment
 from bpf.experiment.grid import MAX_CELLS
-from bpf.study.plan import OPEN, STATES, Row
+from bpf.study.cells import OPEN, STATES, Row
 from bpf.study.ranking import Ranked, rank, winners
 from bpf.study.view import StudyView
 

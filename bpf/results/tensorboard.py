@@ -23,8 +23,9 @@ from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
 from bpf.extras import need
 from bpf.files import write_atomically
-from bpf.results.exporting import Columns, file_name, measurements, parameters, scores, typed
-from bpf.study.plan import Row
+from bpf.reading import file_name
+from bpf.results.exporting import Columns, measurements, parameters, scores, typed
+from bpf.study.cells import Row
 from bpf.study.ranking import result_columns
 
 FILE = "events.out.tfevents.bpf"
@@ -48,7 +49,7 @@ def write(experiment: Experiment, directory: Path) -> int:
     events = _Events(datetime.fromisoformat(experiment.created).timestamp())
     written = 0
     with closing(experiment.read_study()) as study:
-        rules = study.settings["spec"]["algorithm"]
+        rules = study.spec["algorithm"]
         columns: Columns = {"algorithm": str, **parameters(study, rules)}
         several = study.varying() | ({"algorithm"} if len(rules) > 1 else set())
         events.write(directory / FILE, [events.at((0.0, 0), [events.grid(columns, several)])])

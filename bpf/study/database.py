@@ -4,6 +4,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -25,6 +26,10 @@ _NETWORK_FILE_SYSTEMS = {
 }
 _SILENCE = logging.NullHandler()
 _SECRETS = ("password", "sslpassword")
+_NO_PATH = re.compile(
+    r"^[a-z][a-z0-9+.-]+:|(^|\s)(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", re.IGNORECASE
+)
+"""What is meant as a URL, such as `postgresql:/host`, or for libpq, such as `host=db password=...`."""
 _DISK_FULL = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}
 
 
@@ -43,7 +48,14 @@ class Database:
         """The database that is meant by a path, an `sqlite:///` URL or a `postgresql://` URL."""
         if isinstance(where, Database):
             return where
-        if isinstance(where, Path) or "://" not in where:
+        if isinstance(where, Path):
+            return cls._file(where)
+        if "://" not in where:
+            if _NO_PATH.search(where):  # it may hold a password, so it is not shown
+                raise UsageError(
+                    "The storage is neither a path nor a URL: a server is given as postgresql://USER@HOST/DATABASE, a "
+                    "file as sqlite:///PATH."
+                )
             return cls._file(Path(where))
         kind, _, rest = where.partition("://")
         if kind.partition("+")[0] == "sqlite":
@@ -65,8 +77,8 @@ class Database:
 
     @classmethod
     def _file(cls, path: Path) -> "Database":
-        path = path.resolve()  # so that a later `chdir` does no harm
-        if path.is_dir():
+        path = Path(os.path.realpath(path))  # so that a later `chdir` does no harm; a link to itself is none
+        if os.path.isdir(path):  # noqa: PTH112 - pathlib raises for a name that is too long
             raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
         return cls(sa.URL.create("sqlite", database=str(path)))
 
@@ -82,7 +94,7 @@ class Database:
             return str(self.path)
         # Not `set(password=None)`, which leaves the password as it is.
         bare = sa.URL.create("postgresql", self.url.username, None, self.url.host, self.url.port, self.url.database)
-        query = {name: value for name, value in self.url.query.items() if name not in _SECRETS}
+        query = {name: value for name, value in self.url.query.items() if name.lower() not in _SECRETS}
         return bare.set(query=query).render_as_string(hide_password=False)
 
     def __str__(self) -> str:
@@ -93,7 +105,7 @@ class Database:
 
     def missing(self) -> bool:
         """Whether there is no such file; of a server only a connection can tell."""
-        return self.path is not None and not self.path.exists()
+        return self.path is not None and not os.path.exists(self.path)  # noqa: PTH110 - see `_file`
 
     def engine_options(self, reading: bool = False) -> dict[str, Any]:
         """Few connections, of which none waits for ever and none begins a transaction by itself.
@@ -212,6 +224,11 @@ def cause(error: BaseException) -> str:
 def disk_is_full(error: BaseException) -> bool:
     original = _original(error)
     return cause(error) in _DISK_FULL or getattr(original, "sqlstate", None) == "53100"
+
+
+def corrupt(error: BaseException) -> bool:
+    """Whether an SQLite file is none, or damaged."""
+    return getattr(_original(error), "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def passes(error: BaseException) -> bool:

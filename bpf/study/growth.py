@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from bpf.errors import UsageError
 from bpf.study import plan, schema
-from bpf.study.plan import Axis, Cell, study_name
+from bpf.study.cells import Axis, Cell
+from bpf.study.plan import study_name
 from bpf.study.trials import Trials
 
 

@@ -6,8 +6,10 @@ time; on another machine, where its lock cannot be seen, it counts as dead when 
 """
 
 import os
+import re
 import secrets
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -20,8 +22,11 @@ from typing import Any, Self
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
+from bpf.errors import UsageError
+from bpf.study import stored
 from bpf.study.schema import owners
 
+_LOCK = re.compile(r"[0-9a-f]{16}\.lock")
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 
@@ -73,7 +78,7 @@ def machine() -> str:
 
 def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
     """Whether a living process holds the lock; None if there is no such file, `unknown` if it may not be opened."""
-    if not lock.exists():
+    if lock.is_symlink() or not lock.is_file():  # to ask empties the file
         return None
     probe = FileLock(lock, thread_local=False)
     try:
@@ -87,11 +92,35 @@ def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
 
 
 def sweep(locks: Path) -> None:
-    """Remove the lock files of owners that have died."""
-    for path in locks.glob("*.lock"):
+    """Remove the lock files of owners that have died, and nothing that is called otherwise."""
+    for path in lock_files(locks):
         if is_held(path) is False:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def private(directory: Path) -> Path:
+    """A directory that only this user can write to, made if need be. Raises UsageError if it cannot be that."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        mine = stat.S_ISDIR(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
+        if mine and status.st_mode & 0o077 and os.name == "posix":
+            directory.chmod(0o700)
+    except OSError:
+        mine = False
+    if not mine:
+        raise UsageError(
+            f"{directory}, where workers are to keep their locks, is not a directory of yours. Set TMPDIR to one that "
+            "nobody else can write to."
+        )
+    return directory
+
+
+def lock_files(locks: Path) -> list[Path]:
+    """The lock files of owners in their directory, which is not looked for through a link."""
+    found = [] if locks.is_symlink() else sorted(locks.glob("*.lock"))
+    return [path for path in found if _LOCK.fullmatch(path.name) and not path.is_symlink()]
 
 
 def now(connection: sa.Connection) -> float:
@@ -140,37 +169,43 @@ def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool
     return connection.scalar(sa.select(owners.c.token).where(*mine)) is not None
 
 
-def living(connection: sa.Connection, experiment: str, locks: Path | None) -> list[dict[str, Any]]:
-    """The owners that are alive: `token`, `pid`, `facts`, `began`."""
+def living(connection: sa.Connection, experiment: str, locks: Path, here_only: bool) -> list[dict[str, Any]]:
+    """The owners that are alive: `token`, `pid`, `machine`, `facts`, `began`."""
     query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.lease > 0)
-    known = [dict(record) for record in connection.execute(query).mappings()]
-    gone = dead(connection, experiment, [record["token"] for record in known], locks, True)
+    known = [stored.owner(record) for record in connection.execute(query).mappings()]
+    gone = dead(connection, experiment, [record["token"] for record in known], locks, here_only, True)
     return [record for record in known if record["token"] not in gone]
 
 
 def dead(
-    connection: sa.Connection, experiment: str, tokens: Iterable[str], locks: Path | None, trust_leases: bool
+    connection: sa.Connection,
+    experiment: str,
+    tokens: Iterable[str],
+    locks: Path,
+    here_only: bool,
+    trust_leases: bool,
 ) -> set[str]:
     """Which of the owners have died.
 
-    `locks` is where all their locks lie when every owner is on this machine (SQLite): then the lock alone decides.
-    Otherwise it does so for owners on this machine, and for others the lease, unless leases are not to be trusted
-    because the database was away.
+    `locks` is where this machine's locks lie. With `here_only` every owner is on this machine (SQLite), and the lock
+    alone decides. Otherwise it does so for owners on this machine, and for others the lease, unless leases are not to
+    be trusted because the database was away.
     """
     tokens = list(tokens)
-    if locks is not None:
+    if here_only:
         return {token for token in tokens if not is_held(locks / f"{token}.lock")}
     if not tokens:
         return set()
     query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.token.in_(tokens))
-    known = {record.token: record for record in connection.execute(query)}
+    known = {one["token"]: one for one in map(stored.owner, connection.execute(query).mappings())}
     here, moment = machine(), now(connection)
     gone = set()
     for token in tokens:
         record = known.get(token)
-        held = is_held(Path(record.lock), None) if record is not None and record.machine == here else None
+        # Not where the database says: whoever may write into it could name any file, and make anyone look dead.
+        held = is_held(locks / f"{token}.lock", None) if record is not None and record["machine"] == here else None
         if held is None and trust_leases:
-            held = record is not None and record.lease > moment
+            held = record is not None and record["lease"] > moment
         if held is False:
             gone.add(token)
     return gone

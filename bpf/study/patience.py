@@ -12,8 +12,9 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import sqlalchemy as sa
 
-from bpf.errors import BpfError, RunError, UsageError
-from bpf.study.database import Database, LostConnection, cause, disk_is_full, passes
+from bpf.errors import BpfError, Damaged, RunError, UsageError
+from bpf.study.database import Database, LostConnection, cause, corrupt, disk_is_full, passes
+from bpf.study.stored import Damage
 
 PATIENCE_SECONDS = 600.0
 """How long a worker waits for a database that is away. It waits for a full disk as long as it takes."""
@@ -71,13 +72,17 @@ def failing(database: Database) -> Iterator[None]:
         yield
     except BpfError:
         raise
+    except Damage as error:
+        raise Damaged(database, str(error)) from error
     except Exception as error:
+        if corrupt(error):
+            raise Damaged(database, cause(error)) from error
         if not isinstance(error, sa.exc.SQLAlchemyError | LostConnection) and not type(error).__module__.startswith(
             ("optuna", "sqlite3", "psycopg")
         ):
             raise
         if not passes(error):
-            raise RunError(f"The study database failed: {cause(error)}.") from error
+            raise RunError(f"The study database {database} failed: {cause(error)}.") from error
         failure = Passing(f"The study database failed: {cause(error)}.")
         failure.full = disk_is_full(error)
         raise failure from error
@@ -90,6 +95,8 @@ def explained(database: Database) -> Iterator[None]:
         yield
     except BpfError:
         raise
+    except Damage as error:
+        raise Damaged(database, str(error)) from error
     except (sa.exc.SQLAlchemyError, LostConnection, OSError, RuntimeError, ImportError, ValueError) as error:
         raise _explanation(database, error) from error
     except Exception as error:
@@ -101,6 +108,8 @@ def explained(database: Database) -> Iterator[None]:
 def _explanation(database: Database, error: BaseException) -> BpfError:
     if isinstance(error, RuntimeError | ImportError):  # Optuna's: its tables' version, a driver
         return UsageError(f"{database} cannot be used with this optuna: {error}")
+    if corrupt(error):
+        return Damaged(database, cause(error))
     if disk_is_full(error):
         return RunError(f"{database} cannot be used as a study database: {cause(error)}.")
     if database.path:

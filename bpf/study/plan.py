@@ -8,168 +8,21 @@ ever changes inside a transaction that `study.py` opens.
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import sqlalchemy as sa
 
-from bpf.errors import UsageError
+from bpf.study import stored
+from bpf.study.cells import OPEN, Axis, Cell, Point, Row, Tally
 from bpf.study.names import fresh_names
 from bpf.study.schema import cells, histories, rules
 
-STATES = ("pending", "interrupted", "running", "complete", "diverged", "failed")
-OPEN = ("pending", "interrupted", "running")
 KILLS = 3
 """A cell whose worker has died as often, without getting any further in between, is set aside."""
 
-Value = str | int | float | bool
-Point = tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid. `key` is the hash of the whole resolved cell, never an index.
-
-    `params` are the tunable parameters as Optuna shows them, `spec` is everything the training needs,
-    `structure` is what must be equal for two cells to be trained in one cohort, and `cost` is the work of one
-    execution, up to a factor.
-    """
-
-    key: str
-    rule: str
-    structure: str
-    params: dict[str, Value]
-    spec: dict[str, Any]
-    cost: float = field(default=0.0, kw_only=True)
-
-    @property
-    def chosen(self) -> dict[str, Value]:
-        """What makes the cell, for a person: `params`, and a learning rate that is none as it was handed over."""
-        handed_over = "lr" not in self.params and "lr" in self.spec
-        return self.params | {"lr": self.spec["lr"]} if handed_over else self.params
-
-
-@dataclass(frozen=True)
-class Row(Cell):
-    """A cell as it stands in the plan: its place, its state (one of `STATES`), its trial and its outcome.
-
-    `attempt` counts how often the trial was claimed; `interrupted` means that nobody trains the cell now and
-    that it goes on, in the same cohort and the same trial, from its checkpoint. `cause` is its last trouble:
-    killed, memory or exception. `kills` counts the deaths of its workers since it got further than the epoch
-    `reached`. `max_runs` limits how many runs are stacked with it after such trouble. `result` is that of the
-    executions which are done, which may be fewer than there should be.
-    """
-
-    ordinal: int
-    name: str
-    state: str
-    cohort: str | None
-    owner: str | None
-    attempt: int
-    trial_id: int | None
-    trial_number: int | None
-    value: float | None
-    result: dict[str, Any] | None
-    error: str | None
-    cause: str | None
-    kills: int
-    reached: int
-    max_runs: int | None
-
-    @property
-    def done(self) -> int:
-        """How many executions are finished."""
-        return len(self.result["executions"]) if self.result and "executions" in self.result else 0
-
-    @property
-    def ran_to_the_end(self) -> bool:
-        """Whether any execution of a finished cell ended because its epochs were over, and not earlier."""
-        executions = (self.result or {}).get("executions", [])
-        return any(execution["epochs"] >= self.spec["epochs"] for execution in executions)
-
-    @property
-    def added(self) -> bool:
-        """Whether executions were added to it after others had finished."""
-        return bool(self.result and self.result.get("added"))
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Cells of one cohort that one owner may train until it finishes, fails or releases them.
-
-    A cohort that goes on has fewer cells than it began with if some had finished before.
-    """
-
-    token: str
-    cohort: str
-    rows: list[Row]
-
-    @property
-    def resumed(self) -> bool:
-        """Whether the cohort was begun before, so that there may be a checkpoint of it."""
-        return any(row.attempt > 1 for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Tally:
-    """The cells of one rule in one state that had the same trouble: how many, their cost and their seconds."""
-
-    rule: str
-    state: str
-    cause: str | None
-    count: int
-    cost: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How a tunable parameter appears in Optuna: categorical, or a range from `low` to `high`.
-
-    Without `low` and `high` it is categorical; `choices` then lists what may ever be chosen (the values, if
-    left out). Optuna freezes the choices of a study, so declare them all where they are known. A range with
-    an `int` as `low` holds integers, otherwise floats; make it wide, so that the grid can be extended.
-    """
-
-    name: str
-    values: Sequence[Value]
-    choices: Sequence[Value] | None = None
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-
-    @property
-    def kind(self) -> str:
-        if self.low is None or self.high is None:
-            return "categorical"
-        return "int" if isinstance(self.low, int) else "float"
-
-    def extended(self, new: "Axis") -> "Axis":
-        """This axis and what `new` adds to it, appended: stored choice indices must stay valid."""
-        if (self.kind, self.log) != (new.kind, new.log):
-            raise UsageError(
-                f"The parameter {self.name!r} is {self._described()} in this experiment, not "
-                f"{new._described()}; start a new experiment."
-            )
-        values = _union(self.values, new.values)
-        if self.low is None or self.high is None or new.low is None or new.high is None:
-            choices = _union(self.choices or self.values, new.choices or new.values)
-            return Axis(self.name, values, choices=_union(choices, values))
-        low, high = min(self.low, new.low), max(self.high, new.high)
-        outside = [value for value in values if isinstance(value, str) or not low <= value <= high]
-        if outside:
-            raise UsageError(f"The parameter {self.name!r} takes {low} to {high}, not {outside[0]!r}.")
-        return Axis(self.name, values, low=low, high=high, log=self.log)
-
-    def _described(self) -> str:
-        return f"{self.kind}, on a log scale" if self.log else self.kind
-
-
-def _union(old: Sequence[Value], new: Sequence[Value]) -> list[Value]:
-    return list(dict.fromkeys([*old, *new]))
-
-
 _ROW_NAMES = [field.name for field in fields(Row)]
+_TALLIED = [field.name for field in fields(Tally)]
 _ROW_COLUMNS = [cells.c[name] for name in _ROW_NAMES]
 
 
@@ -180,8 +33,8 @@ def study_name(experiment: str, rule: str) -> str:
 
 def axes(connection: sa.Connection, experiment: str) -> dict[str, tuple[int, list[Axis]]]:
     """The rules that are planned, each with the id of its Optuna study and its parameters."""
-    stored = connection.execute(sa.select(rules).where(rules.c.experiment == experiment))
-    return {record.rule: (record.study_id, [Axis(**axis) for axis in record.axes]) for record in stored}
+    found = connection.execute(sa.select(rules).where(rules.c.experiment == experiment)).all()
+    return {stored.rule(one.rule): (one.study_id, stored.axes(one.axes, one.rule)) for one in found}
 
 
 def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:
@@ -231,7 +84,7 @@ def update(connection: sa.Connection, experiment: str, where: Mapping[str, Any],
 
 def owners_at_work(connection: sa.Connection, experiment: str) -> list[str]:
     running = sa.select(cells.c.owner).where(cells.c.experiment == experiment, cells.c.state == "running")
-    return list(connection.scalars(running.distinct()))
+    return [stored.word(token) for token in connection.scalars(running.distinct())]
 
 
 def interrupt(connection: sa.Connection, experiment: str, token: str, blame: bool = True) -> list[Row]:
@@ -267,7 +120,7 @@ def rows(connection: sa.Connection, experiment: str, **where: str | None) -> lis
 
 
 def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Row]:
-    return (Row(**dict(zip(_ROW_NAMES, record, strict=True))) for record in connection.execute(query).all())
+    return map(stored.row, connection.execute(query).mappings().all())
 
 
 def _is(column: sa.Column[Any], value: Any) -> sa.ColumnElement[bool]:
@@ -292,7 +145,7 @@ def tally(connection: sa.Connection, experiment: str, dead: Collection[str] = ()
     sums = (sa.func.coalesce(sa.func.sum(column), 0.0) for column in (cells.c.cost, cells.c.seconds))
     query = sa.select(*by, sa.func.count(), *sums).where(cells.c.experiment == experiment)
     query = query.group_by(cells.c.rule, sa.text("standing"), cells.c.cause)
-    return [Tally(*record) for record in connection.execute(query)]
+    return [stored.tally(dict(zip(_TALLIED, record, strict=True))) for record in connection.execute(query).all()]
 
 
 def best(connection: sa.Connection, experiment: str, rule: str) -> tuple[str, float] | None:
@@ -300,7 +153,7 @@ def best(connection: sa.Connection, experiment: str, rule: str) -> tuple[str, fl
     mine = (cells.c.experiment == experiment, cells.c.rule == rule, cells.c.state == "complete")
     query = sa.select(cells.c.key, cells.c.value).where(*mine).order_by(cells.c.value, cells.c.ordinal).limit(1)
     found = connection.execute(query).first()
-    return None if found is None else (found.key, found.value)
+    return None if found is None else (stored.word(found.key), stored.value(found.value))
 
 
 def leaders(connection: sa.Connection, experiment: str, rule: str, limit: int) -> list[Row]:
@@ -311,9 +164,9 @@ def leaders(connection: sa.Connection, experiment: str, rule: str, limit: int) -
 
 
 def finished(connection: sa.Connection, experiment: str, keys: Sequence[str]) -> set[str]:
-    """Which of the cells are in none of the `OPEN` states, or not planned at all."""
-    mine = (cells.c.experiment == experiment, cells.c.key.in_(keys), cells.c.state.in_(OPEN))
-    return set(keys) - set(connection.scalars(sa.select(cells.c.key).where(*mine)))
+    """Which of the cells are planned and in none of the `OPEN` states."""
+    mine = (cells.c.experiment == experiment, cells.c.key.in_(keys), cells.c.state.not_in(OPEN))
+    return set(connection.scalars(sa.select(cells.c.key).where(*mine)))
 
 
 def keep_history(connection: sa.Connection, experiment: str, key: str, records: Any) -> None:
@@ -327,9 +180,10 @@ def rename_history(connection: sa.Connection, experiment: str, old: str, new: st
     connection.execute(sa.update(histories).where(*where).values(key=new))
 
 
-def history(connection: sa.Connection, experiment: str, key: str) -> Any:
+def history(connection: sa.Connection, experiment: str, key: str) -> list[dict[str, Any]] | None:
     where = (histories.c.experiment == experiment, histories.c.key == key)
-    return connection.scalar(sa.select(histories.c.records).where(*where))
+    records = connection.scalar(sa.select(histories.c.records).where(*where))
+    return None if records is None else stored.history(records, key)
 
 
 def cohort_id(members: Iterable[Row]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpf.errors import UsageError, did_you_mean
-from bpf.study.plan import Row
+from bpf.study.cells import Row
 
 
 @dataclass(frozen=True)

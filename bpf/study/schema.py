@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from bpf.errors import UsageError, did_you_mean
 from bpf.spec.run import work
+from bpf.study import stored
 from bpf.study.database import Database
 
 SCHEMA_VERSION = 2
@@ -25,7 +26,7 @@ class Json(sa.TypeDecorator[Any]):
         return None if value is None else json.dumps(value)
 
     def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
-        return None if value is None else json.loads(value)
+        return None if value is None else stored.json(value)
 
 
 class PackedJson(sa.TypeDecorator[Any]):
@@ -38,7 +39,7 @@ class PackedJson(sa.TypeDecorator[Any]):
         return None if value is None else zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
 
     def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> Any:
-        return None if value is None else json.loads(zlib.decompress(value))
+        return None if value is None else stored.unpacked(value)
 
 
 metadata = sa.MetaData()
@@ -144,8 +145,7 @@ def holds(connection: sa.Connection, name: str) -> bool:
 
 def read_settings(connection: sa.Connection, name: str) -> dict[str, Any]:
     query = sa.select(experiments.c.settings).where(experiments.c.name == name)
-    settings: dict[str, Any] = connection.execute(query).scalar_one()
-    return settings
+    return stored.settings(connection.execute(query).scalar_one())
 
 
 def migrate(connection: sa.Connection, logs: Path) -> None:
@@ -158,21 +158,22 @@ def migrate(connection: sa.Connection, logs: Path) -> None:
     metadata.create_all(connection)
     for index in cells.indexes:
         index.create(connection, checkfirst=True)
-    stored = connection.execute(sa.select(cells.c.experiment, cells.c.key, cells.c.spec, cells.c.result)).all()
-    for record in stored:
+    for record in connection.execute(sa.select(cells.c.experiment, cells.c.key, cells.c.spec, cells.c.result)).all():
         where = (cells.c.experiment == record.experiment, cells.c.key == record.key)
+        stored.word(record.key)
         seconds = record.result and record.result.get("seconds")
         connection.execute(sa.update(cells).where(*where).values(cost=work(record.spec), seconds=seconds))
         log = logs / f"{record.key}.json"
         if log.exists():
-            kept = {"experiment": record.experiment, "key": record.key, "records": json.loads(log.read_text())}
+            records = stored.older_history(log)
+            kept = {"experiment": record.experiment, "key": record.key, "records": records}
             connection.execute(sa.insert(histories).values(kept))
     connection.execute(sa.update(experiments).values(schema_version=SCHEMA_VERSION))
 
 
 def _versions(connection: sa.Connection) -> dict[str, int]:
     query = sa.select(experiments.c.name, experiments.c.schema_version)
-    return {record.name: record.schema_version for record in connection.execute(query)}
+    return dict(stored.experiment(record) for record in connection.execute(query).mappings())
 
 
 def _check_version(database: Database, version: int) -> None:

@@ -22,11 +22,11 @@ import sqlalchemy as sa
 from bpf.errors import RunError
 from bpf.study import owner as owners
 from bpf.study import plan, schema
+from bpf.study.cells import Axis, Cell, Claim, Row
 from bpf.study.database import Database, LostConnection
 from bpf.study.growth import Growth
 from bpf.study.owner import Owner
 from bpf.study.patience import explained, failing, patient
-from bpf.study.plan import Axis, Cell, Claim, Row
 from bpf.study.trials import Trials, check_optuna
 from bpf.study.view import StudyView, locks_of, read_settings
 

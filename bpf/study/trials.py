@@ -30,8 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
 from bpf.errors import RunError, UsageError
+from bpf.study.cells import Axis, Point, Row, Value
 from bpf.study.database import Database
-from bpf.study.plan import Axis, Point, Row, Value
 
 __all__ = ["OptunaError", "Trials", "check_optuna", "search_space", "viewed"]
 

@@ -4,6 +4,7 @@ Nothing here writes, but what brings the tables of an older bpf to this form whe
 """
 
 import math
+import re
 import tempfile
 import threading
 import time
@@ -16,12 +17,12 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from bpf.errors import UsageError, did_you_mean
+from bpf.errors import Damaged, UsageError, did_you_mean
 from bpf.study import owner as owners
 from bpf.study import plan, schema
+from bpf.study.cells import STATES, Axis, Row, Tally, Value
 from bpf.study.database import Database
 from bpf.study.patience import explained, failing, patient
-from bpf.study.plan import Axis, Row, Tally, Value
 
 
 class StudyView:
@@ -71,7 +72,7 @@ class StudyView:
     @patient
     def counts(self, rule: str | None = None) -> dict[str, int]:
         """How many cells are in each state. Only cells whose owner is alive count as running."""
-        counted = dict.fromkeys(plan.STATES, 0)
+        counted = dict.fromkeys(STATES, 0)
         for tally in self.tally():
             if rule in (None, tally.rule):
                 counted[tally.state] += tally.count
@@ -106,9 +107,10 @@ class StudyView:
 
     @patient
     def finished(self, keys: Iterable[str]) -> set[str]:
-        """Which of the cells will not be trained any more."""
+        """Which of the cells, or of what were cells before they got more epochs, will not be trained any more."""
+        keys = list(keys)
         with self._reading() as connection:
-            return plan.finished(connection, self.experiment, list(keys))
+            return plan.finished(connection, self.experiment, keys) | (self.former & set(keys))
 
     @patient
     def history(self, key: str) -> Any:
@@ -120,7 +122,7 @@ class StudyView:
     def workers(self) -> list[dict[str, Any]]:
         """Who works on the experiment now: `token`, `pid`, `machine`, `facts`, `began`."""
         with self._reading() as connection:
-            return owners.living(connection, self.experiment, self.locks if self.database.path else None)
+            return owners.living(connection, self.experiment, self.locks, self.database.path is not None)
 
     @patient
     def rules(self) -> list[str]:
@@ -140,7 +142,20 @@ class StudyView:
     def varying(self) -> frozenset[str]:
         """The parameters with more than one value: what never changes says nothing in a table."""
         names = {axis.name for rule in self.rules() for axis in self.axes(rule) if len(axis.values) > 1}
-        return frozenset(names | ({"lr"} if self.settings["spec"].get("lr_from") else set()))
+        return frozenset(names | ({"lr"} if self.spec.get("lr_from") else set()))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The grid as it was written down, unvalidated. Raises Damaged if there is none."""
+        if "spec" not in self.settings:
+            raise Damaged(self.database, f"it does not say what {self.experiment!r} is")
+        spec: dict[str, Any] = self.settings["spec"]
+        return spec
+
+    @property
+    def former(self) -> set[str]:
+        """The keys of cells that had a saved model when they got more epochs, and with that another key."""
+        return set(self.settings.get("former", ()))
 
     def search_space(self, rule: str) -> dict[str, list[Value]]:
         """What `optuna.samplers.GridSampler` needs to read the rule's Optuna study as its own grid."""
@@ -170,9 +185,8 @@ class StudyView:
         tokens = plan.owners_at_work(connection, self.experiment)
         # After an outage of the database everyone's lease has run out: they need time to renew them.
         trust_leases = time.monotonic() - self.failed_at > owners.LEASE_SECONDS
-        return owners.dead(
-            connection, self.experiment, tokens, self.locks if self.database.path else None, trust_leases
-        )
+        here_only = self.database.path is not None
+        return owners.dead(connection, self.experiment, tokens, self.locks, here_only, trust_leases)
 
 
 def read_settings(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
@@ -201,15 +215,19 @@ def read_settings(database: Database, experiment: str | None, reading: bool) -> 
 
 
 def locks_of(database: Database) -> Path:
+    """Where this machine's owners keep their lock files: beside an SQLite file, else in a directory of this user's.
+
+    Raises UsageError if somebody else can write there, who could make a living worker look dead.
+    """
     if database.path:
         return database.path.parent / "locks"
-    return Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}"
+    return owners.private(Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}")
 
 
 def _user() -> str:
     import getpass
 
     try:
-        return getpass.getuser()
+        return re.sub(r"[^\w.-]", "_", getpass.getuser())
     except (KeyError, OSError):  # a container's user without a name
         return "unknown"

@@ -138,8 +138,9 @@ class Cohort:
 
         Runs that ended because their epochs did go on if they have more now. Those that stopped early or diverged
         would have done so with more epochs too, and stay as they are. Raises ValueError if the end of a run that is
-        to go on was not kept.
+        to go on was not kept, and for a state that is not one of these specs.
         """
+        self._check(state)
         self.epoch = state["epoch"]
         self.records = [Record(**record) for record in state["records"]]
         self._left = dict(state.get("left", {}))
@@ -152,10 +153,33 @@ class Cohort:
         self._stacked = list(state["stacked"])
         if self._stacked:
             network = self._network.select(kept)
+            for part in (state["network"], state["best"]):
+                network.check_state(part, len(kept))
+            self._optimizer.check_state(state["optimizer"], len(kept), self.epoch > 0)
             for name, tensor in network.state().items():
                 tensor.copy_(state["network"][name])
             self._assemble(network, state["optimizer"])
             self._best = {name: tensor.to(self._device) for name, tensor in state["best"].items()}
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for a state that cannot be one of these specs, whatever it is used for."""
+        stacked, records, left = state["stacked"], state["records"], state.get("left", {})
+        runs, known = set(range(len(self.specs))), {*stacked, *left}
+        if len(records) != len(runs) or len(known) != len(stacked) + len(left) or not known <= runs:
+            raise ValueError("It is a state of other runs.")
+        for run, record in enumerate(records):
+            going_on, complete = record["status"] == "running", record["status"] == "complete"
+            if not 0 <= record["best_epoch"] <= record["epochs"] <= state["epoch"] or going_on != (run in stacked):
+                raise ValueError("A run has another number of epochs than the state, or its end is not kept.")
+            if any(len(values) != record["epochs"] for name, values in record["history"].items() if "/" not in name):
+                raise ValueError("A run has more or fewer scores than epochs.")
+            if complete and (record["objective"] is None or record["test"] is None):
+                raise ValueError("A complete run has no scores.")
+        for kept in left.values():
+            self._network.check_state(kept["best"], None)
+            if "network" in kept:
+                self._network.check_state(kept["network"], None)
+                self._optimizer.check_state(kept["optimizer"], None)
 
     def _revive(self, runs: list[int]) -> dict[str, Any]:
         """Make runs that have left run again; returns the part of a `state` that is their stack."""

@@ -1,7 +1,7 @@
 """What is known of one run: its scores epoch by epoch, its best one, and why it ended."""
 
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class Record:
     """
 
     seed: int
-    status: str = "running"
+    status: Literal["running", "complete", "diverged"] = "running"
     epochs: int = 0
     best_epoch: int = 0
     objective: float | None = None

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from bpf.experiment.grid import execution
-from bpf.spec.run import RunSpec, work
-from bpf.study.plan import Claim, Row
+from bpf.errors import Damaged
+from bpf.experiment.grid import PER_RUN, execution
+from bpf.spec.run import RunSpec, digest, work
+from bpf.study.cells import Claim, Row
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 
@@ -40,10 +42,10 @@ class ClaimTraining:
     def __init__(self, claim: Claim, executions: int, max_runs: int | None, path: Path, make: MakeCohort) -> None:
         """Go on from the checkpoint at `path` if the claim was begun before, otherwise start.
 
-        Raises RunError for a checkpoint that cannot be used.
+        Raises checkpoint.Unusable for a checkpoint that cannot be used.
         """
         self.claim, self._path, self._make = claim, path, make
-        self._max_runs = max_runs
+        self._max_runs, self._executions = max_runs, executions
         self._states: list[dict[str, Any]] = []  # of the parts that are done
         self._stored: list[dict[str, Any]] = []  # of the parts that the checkpoint holds
         if claim.resumed and path.exists():
@@ -51,7 +53,7 @@ class ClaimTraining:
         else:
             numbered = [(row, number) for row in claim.rows for number in range(row.done, executions)]
             self.cells = [row.name for row, _ in numbered]
-            self.specs = [execution(RunSpec.model_validate(row.spec), number) for row, number in numbered]
+            self.specs = [execution(stored_run(row), number) for row, number in numbered]
             self._begin_part()
 
     @property
@@ -154,12 +156,33 @@ class ClaimTraining:
         epochs = self.claim.rows[0].spec["epochs"]  # may have grown since
         with checkpoint.fitting(self._path):
             self.specs = [RunSpec.model_validate(spec | {"epochs": epochs}) for spec in content["specs"]]
+            self._check_specs()
             self._stored = content["states"]
             self._max_runs = len(self._stored[0]["records"])
             self._begin_part()
             while self._part.done and len(self._states) + 1 < len(self._stored):
                 self._states.append(self._part.state())
                 self._begin_part()
+
+    def _check_specs(self) -> None:
+        """Raise ValueError if the runs of a checkpoint are not those of the cells that are claimed, and alike."""
+        for row in self.claim.rows:
+            mine = [spec for spec, name in zip(self.specs, self.cells, strict=True) if name == row.name]
+            wanted = [execution(stored_run(row), number) for number in range(row.done, self._executions)]
+            if [spec.identity() for spec in mine] != [spec.identity() for spec in wanted]:
+                raise ValueError(f"The executions of {row.name} are others.")
+        if len({digest(spec.model_dump(exclude=set(PER_RUN), mode="json")) for spec in self.specs}) > 1:
+            raise ValueError("The runs are of different structures.")
+
+
+def stored_run(row: Row) -> RunSpec:
+    """The spec of a cell, which a database has kept. Raises Damaged."""
+    try:
+        return RunSpec.model_validate(row.spec)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"]))
+        raise Damaged(f"The spec of the cell {row.name} in the study", f"{at}: {first['msg']}") from error
 
 
 def outcome(executions: list[dict[str, Any]]) -> tuple[str, float | None, dict[str, Any]]:

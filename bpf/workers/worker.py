@@ -22,19 +22,21 @@ import torch
 import bpf
 from bpf.data.cache import Data, load
 from bpf.errors import BpfError, DiskFull, RunError
+from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
 from bpf.files import explaining
 from bpf.results import models
 from bpf.spec.run import RunSpec
+from bpf.study.cells import Claim, Row
 from bpf.study.database import Database
 from bpf.study.owner import Owner
 from bpf.study.patience import PATIENCE_SECONDS
-from bpf.study.plan import Claim, Row
 from bpf.study.study import Fenced, Study
+from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
-from bpf.workers.claims import ClaimTraining
+from bpf.workers.claims import ClaimTraining, stored_run
 from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
 from bpf.workers.stopping import SIGNALS, CutShort, Interrupted, Stop
 
@@ -111,7 +113,7 @@ class Worker:
     data: Data | None = None
 
     def __post_init__(self) -> None:
-        grid = stored_grid(self.study.settings["spec"])
+        grid = stored_grid(self.study.spec)
         self._executions = grid.executions_per_trial
         self._keep = bool(self.study.settings.get("keep_checkpoints"))
         self._device = choose_device(self.job.device)
@@ -169,7 +171,12 @@ class Worker:
 
     def _open(self, claim: Claim) -> ClaimTraining:
         path, limit = self.job.checkpoint(claim.cohort), claim.rows[0].max_runs
-        training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
+        try:
+            training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
+        except checkpoint.Unusable as problem:  # with the file away, it begins anew
+            aside = checkpoint.set_aside(path).name
+            self.tell(Trouble(f"{problem}. It is kept as {aside}, and its cells are trained from their start."))
+            training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
         if training.epoch:
             self.study.progressed(claim, training.epoch)
         return training
@@ -235,7 +242,7 @@ class Worker:
             return
         network = training.network(run)
         if network is not None:
-            path = models.path_of(self.job.models, row.rule, row.key)
+            path = model_path(self.job.models, row.rule, row.key)
             spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
             self._write(lambda: models.save(path, network, spec, shape, classes))
 
@@ -297,7 +304,7 @@ class Worker:
     def _cohort_size(self, row: Row) -> int:
         if row.max_runs:
             return max(1, row.max_runs // self._executions)
-        spec = RunSpec.model_validate(row.spec)
+        spec = stored_run(row)
         channels, height, width = self._data.shape
         inputs = channels * height * width
         targets = inputs if spec.problem_type == "reconstruction" else len(self._data.classes)
