@@ -5,6 +5,7 @@ And so that what a user asks for is not written over something else: see `check_
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -24,6 +25,34 @@ TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}", re.DOTALL)
 """What `write_atomically` calls a file before it has the name in the first group."""
 _ENDS = 2**18
 """So many bytes at each end tell what a file is."""
+
+
+def is_dir(path: Path | str) -> bool:
+    """Whether there is such a directory; False also for what no file system can hold, where pathlib raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: Path | str) -> bool:
+    """As `is_dir`, for a file."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def exists(path: Path | str) -> bool:
+    """As `is_dir`, for anything."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def at_home(path: str | Path) -> Path:
+    """A path with `~` and `~user` written out; those of nobody stay as they are, where pathlib raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def memory_bytes() -> float:
+    """This machine's memory; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on Windows, and not every system knows both
+        return math.inf
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors import safe_open
 
@@ -29,6 +28,7 @@ from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
 from bpf.study.owner import Owner
+from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.workers.events import Trained
 from bpf.workers.stopping import Interrupted, Stop
@@ -400,12 +400,12 @@ def test_a_moved_experiment_goes_on(bpf_: Bpf, work: Path, go_on: str) -> None:
     undisturbed = values(bpf_(f"{GRID} --lr 0.1 --json".replace("tune ex", "tune undisturbed")).json)
     plan(bpf_, f"{GRID} --lr 0.1")
     stop_after_an_epoch(work / "ex")
-    [checkpoint] = (work / "ex/checkpoints").iterdir()
+    [kept] = (work / "ex/checkpoints").iterdir()
     (work / "elsewhere").mkdir()
     shutil.move(work / "ex", work / "elsewhere/ex")
     assert bpf_("status elsewhere/ex --json").json["cells"]["interrupted"] == 1
     # Only the checkpoint knows this: so it was found.
-    lines = change_history(work / "elsewhere/ex/checkpoints" / checkpoint.name)
+    lines = change_history(work / "elsewhere/ex/checkpoints" / kept.name)
     go_on = go_on.replace("tune ex", "tune elsewhere/ex")
     assert bpf_(f"{go_on} -q").code == 0
     assert bpf_("export elsewhere/ex --what history --format json").json[0]["loss"] == lines
@@ -418,11 +418,12 @@ def test_a_moved_experiment_goes_on(bpf_: Bpf, work: Path, go_on: str) -> None:
     assert values(again) == found
 
 
-def change_history(checkpoint: Path) -> float:
+def change_history(path: Path) -> float:
     """Leave a mark in the first epoch of the first run."""
-    content = torch.load(checkpoint, weights_only=True)
+    content = checkpoint.load(path, path.stem)
     content["states"][0]["records"][0]["history"]["loss"][0] = 123.0
-    torch.save(content, checkpoint)
+    specs = [RunSpec.model_validate(spec) for spec in content["specs"]]
+    checkpoint.save(path, path.stem, content["cells"], specs, content["states"])
     return 123.0
 
 
@@ -661,19 +662,22 @@ def test_clean(bpf_: Bpf, work: Path) -> None:
     ex = work / "ex"
     [kept], [model] = (ex / "checkpoints").iterdir(), (ex / "models/dfa").iterdir()
     needed = {path for path in ex.rglob("*") if path.is_file() and path != kept}
-    key = bpf_("export ex --format json").json[0]["key"]
+    [worse] = {cell["key"] for cell in bpf_("export ex --format json").json} - {model.stem}
+    lock = ex / "locks/0123456789abcdef.lock"
     left = [
         *(ex / name for name in (".experiment.yaml.0a1b2c3d", "study.new.db", "study.new.db-wal")),
-        *(ex / "checkpoints" / name for name in ("0123456789abcdef.pt", ".x.pt.0a1b2c3d")),
-        *(model.parent / name for name in ("0123456789abcdef.safetensors", ".x.safetensors.0a1b2c3d")),
-        *(ex / name for name in (f"logs/{key}.json", "locks/0123456789abcdef.lock")),
+        ex / "checkpoints" / f".{kept.name}.0a1b2c3d",
+        *(model.parent / name for name in (f"{worse}.safetensors", f".{model.name}.0a1b2c3d")),
+        ex / f"logs/{worse}.json",
     ]
     mine = [ex / name for name in ("notes.txt", "logs/mine.json", ".hidden", "checkpoints/mine.txt", "models/mine.txt")]
     (ex / "logs").mkdir()
     for path in (*left, *mine):
         path.write_text("12345")
-    names = sorted(str(path if path.suffix == ".lock" else path.relative_to(work)) for path in left)
+    lock.touch()
+    names = sorted([*(str(path.relative_to(work)) for path in left), str(lock)])
     expected = {"files": names, "bytes": 5 * len(left)}
+    left.append(lock)
     assert bpf_("clean ex --dry-run --json").json == expected
     assert bpf_("clean ex --dry-run").out == "".join(f"{name}\n" for name in names) + (
         f"{len(left)} files would be removed, 0.0 MiB.\n"

@@ -9,6 +9,7 @@ import typer
 
 from bpf import __version__
 from bpf.cli import listing, models, training, viewing
+from bpf.console.screen import tell
 from bpf.errors import BpfError
 
 app = typer.Typer(
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except BrokenPipeError:
         _unread()
-    except PermissionError as error:
+    except OSError as error:  # of the system, not of bpf
+        if error.filename is None:
+            _fail(f"Error: the system failed: {error.strerror or error}. Nothing finished is lost.", 1)
         _fail(f"Error: {error.filename} cannot be used: {error.strerror}. Choose another place.", 2)
     except Exception as error:  # ours, not the user's: say so, and how to see more
         _fail(
@@ -80,5 +83,5 @@ def _unread() -> None:
 def _fail(message: str, exit_code: int) -> None:
     if os.environ.get("BPF_DEBUG"):
         traceback.print_exc()
-    typer.echo(message, err=True)
+    tell(message)
     sys.exit(exit_code)

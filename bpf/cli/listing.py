@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bpf.cli.arguments import AsJson, DataDir, print_json
+from bpf.console.screen import say
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 from bpf.spec.fields import json_schema
 from bpf.spec.grid import GridSpec
@@ -25,7 +26,7 @@ def algorithms(
         _list_plugins(ALGORITHMS, as_json)
     else:
         description = plugins.describe_algorithm(name)
-        print_json(description) if as_json else typer.echo(plugins.algorithm_text(description))
+        print_json(description) if as_json else say(plugins.algorithm_text(description))
 
 
 def trackers(as_json: AsJson = False) -> None:
@@ -45,7 +46,7 @@ def datasets(
     if as_json:
         print_json([plugins.dataset_json(info) for info in infos] if name is None else plugins.dataset_json(infos[0]))
     else:
-        typer.echo(plugins.datasets_text(infos) if name is None else plugins.dataset_text(infos[0]))
+        say(plugins.datasets_text(infos) if name is None else plugins.dataset_text(infos[0]))
 
 
 def schema(
@@ -59,7 +60,7 @@ def _list_plugins(group: str, as_json: bool) -> None:
     from bpf.console import plugins
 
     found = Registry(group).plugins()
-    print_json(plugins.plugins_json(found)) if as_json else typer.echo(plugins.plugins_text(found))
+    print_json(plugins.plugins_json(found)) if as_json else say(plugins.plugins_text(found))
 
 
 COMMANDS = (algorithms, trackers, datasets, schema)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bpf.cli.arguments import AsJson, DataDir, print_json
+from bpf.console.screen import say, tell
 
 Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/dfa/KEY.safetensors.", metavar="MODEL")]
 
@@ -52,7 +53,7 @@ def predict(
     from bpf.console import tables
     from bpf.results.evaluation import predict
 
-    found = predict(model, images, top, output, lambda line: typer.echo(line, err=True))
+    found = predict(model, images, top, output, lambda line: tell(line))
     print_json(found) if as_json else tables.show_predictions(found)
 
 
@@ -64,7 +65,7 @@ def onnx(model: Model, output: Annotated[Path, typer.Argument(help="The ONNX fil
     """
     from bpf.results.models import export_onnx
 
-    typer.echo(export_onnx(model, output))
+    say(str(export_onnx(model, output)))
 
 
 COMMANDS = (evaluate, predict, onnx)

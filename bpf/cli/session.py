@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import typer
-
 from bpf.cli.arguments import TOP, print_json
+from bpf.console.screen import tell
 from bpf.errors import BpfError, RunError
 from bpf.words import counted
 
@@ -63,7 +62,7 @@ def _notifying(experiment: "Experiment", targets: list[str]) -> Iterator[None]:
             for warning in Notifier(targets).send(
                 event, summarize(experiment, event, time.monotonic() - began, message)
             ):
-                typer.echo(warning, err=True)
+                tell(warning)
 
 
 def check_targets(notify: list[str] | None) -> None:

@@ -29,6 +29,7 @@ from bpf.cli.arguments import (
 )
 from bpf.cli.options import is_value, merge, with_spec_options
 from bpf.cli.session import check_targets, command_line, interruptible, observer, show_ranking, show_run, train_all
+from bpf.console.screen import tell
 from bpf.errors import UsageError
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
@@ -164,7 +165,7 @@ def resume(
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
-        typer.echo(f"Going on with {experiment.directory}", err=True)
+        tell(f"Going on with {experiment.directory}")
     train_all(experiment, effort, observer(quiet or as_json, verbose), retry_failed, notify)
     (show_run if experiment.kind == "train" else show_ranking)(experiment, as_json)
 
@@ -207,7 +208,7 @@ def worker(
     with interruptible("The cells go on with `bpf resume`, or another `bpf worker`."):
         joined = api.join(where, experiment_name, data_dir, checkpoints, observer(quiet, verbose), effort, files)
     if not quiet:
-        typer.echo(f"Nothing is left to claim in {joined}.", err=True)
+        tell(f"Nothing is left to claim in {joined}.")
 
 
 def _warm_up() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bpf.cli.arguments import TOP, AsJson, Directory, Storage, opened, print_json
+from bpf.console.screen import say, tell
 from bpf.errors import UsageError, did_you_mean
 from bpf.words import counted
 
@@ -187,7 +188,7 @@ def export(
     experiment = opened(directory, storage)
     if what == "metrics":
         for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
-            typer.echo(path)
+            say(str(path))
         return
     if output is None and format_ == "parquet":
         raise UsageError("--format parquet is not for a terminal: give --output FILE.")
@@ -195,7 +196,7 @@ def export(
         table = exporting.table(study, what)
         if what == "trackers" and not any("/" in name for name in table.columns):
             why = " yet" if experiment.grid.trackers else ": it has no trackers (`bpf tune --tracker NAME`)"
-            typer.echo(f"Nothing was measured in {experiment.directory}{why}.", err=True)
+            tell(f"Nothing was measured in {experiment.directory}{why}.")
         if output is None:
             _print_table(table, format_)
         else:
@@ -252,9 +253,9 @@ def report(
     page = output or experiments[0].directory / "report" / "index.html"
     check_output(page, "report of bpf", _REPORT)
     for path in write(experiments, page, figures, [_pair(one) for one in maps or ()]):
-        typer.echo(path)
+        say(str(path))
     if open_ and not webbrowser.open(page.resolve().as_uri()):
-        typer.echo(f"No browser was found; open {page}", err=True)
+        tell(f"No browser was found; open {page}")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -285,7 +286,7 @@ def tensorboard(
     folders = [experiment.directory / "tensorboard" for experiment in experiments]
     for experiment, folder in zip(experiments, folders, strict=True):
         count = tensorboard.write(experiment, folder)
-        typer.echo(f"{counted(count, 'cell')} written to {folder}", err=True)
+        tell(f"{counted(count, 'cell')} written to {folder}")
     if not write_only:
         raise typer.Exit(tensorboard.serve(folders, port))
 
@@ -298,7 +299,7 @@ def dashboard(
     """Show an experiment in optuna-dashboard, on this machine only."""
     from bpf.results import dashboard
 
-    dashboard.serve(opened(directory, storage), port, lambda url: typer.echo(f"{url}  (Ctrl-C ends it)"))
+    dashboard.serve(opened(directory, storage), port, lambda url: say(f"{url}  (Ctrl-C ends it)"))
 
 
 def _several(directories: list[Path] | None, storage: str | None) -> "list[Experiment]":

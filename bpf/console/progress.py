@@ -41,10 +41,12 @@ class LiveProgress:
         self._trouble = ""
         self._plain = not err.is_terminal or err.is_dumb_terminal
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=10),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             console=err,
             expand=True,
         )
@@ -123,12 +125,12 @@ class LiveProgress:
         """Each trouble once, however often it is told in a row."""
         if text != self._trouble:
             self._trouble = text
-            err.print(text, style="yellow", soft_wrap=True, markup=False)
+            err.print(text, style="yellow", soft_wrap=True)
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
         note = ", ".join(filter(None, (*self._how_far(), self._told_best(1))))
-        err.print(f"{text} ({note})", soft_wrap=True, markup=False)
+        err.print(f"{text} ({note})", soft_wrap=True)
 
     def _how_far(self) -> list[str]:
         parts = []

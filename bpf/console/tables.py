@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bpf.console.screen import out, say
+from bpf.console.screen import one_line, out, say
 from bpf.experiment.grid import Grid
 from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, tracking_share
@@ -195,9 +195,9 @@ def show_scores(scores: dict[str, Any]) -> None:
     table = Table(title="true class (rows), taken for", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for name in scores["classes"]:
-        table.add_column(str(name), justify="right")
+        table.add_column(one_line(name), justify="right")
     for name, counts in zip(scores["classes"], scores["confusion"], strict=True):
-        table.add_row(str(name), *(str(count) if count else "." for count in counts))
+        table.add_row(one_line(name), *(str(count) if count else "." for count in counts))
     out.print(table)
 
 
@@ -206,7 +206,7 @@ def show_predictions(found: Sequence[dict[str, Any]]) -> None:
     for one in found:
         score = one.get("probability", one.get("score"))
         told = f"-> {one['output']}" if "output" in one else f"{one['class']}  {100 * float(score or 0):.1f} %"
-        say(f"{one['file']}  {told}")
+        say(one_line(f"{one['file']}  {told}"))
 
 
 def show_run(report: dict[str, Any]) -> None:

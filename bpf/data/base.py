@@ -85,14 +85,19 @@ def validate(name: str, arrays: Arrays, shape: tuple[int, int, int] | None = Non
 
     Raises UsageError that names the data set, what is wrong and what would be right.
     """
-    problem = (
+    problem = problem_of(arrays, shape)
+    if problem:
+        raise UsageError(f"The dataset {name!r} cannot be used: {problem}")
+
+
+def problem_of(arrays: Arrays, shape: tuple[int, int, int] | None = None) -> str:
+    """What is wrong with a data set by the contract of `Arrays`, or nothing."""
+    return (
         _problem_of_classes(arrays.classes)
         or _problem_of_split("train", arrays.train_images, arrays.train_labels, len(arrays.classes))
         or _problem_of_split("test", arrays.test_images, arrays.test_labels, len(arrays.classes))
         or _problem_of_shapes(arrays, shape)
     )
-    if problem:
-        raise UsageError(f"The dataset {name!r} cannot be used: {problem}")
 
 
 def _problem_of_classes(classes: tuple[str, ...]) -> str:

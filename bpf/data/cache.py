@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bpf.data import store
 from bpf.data.base import Arrays, Dataset, validate
 from bpf.errors import BpfError, RunError, UsageError
+from bpf.files import at_home
 from bpf.registry import DATASETS, Plugin, Registry
 
 if TYPE_CHECKING:
@@ -171,6 +172,6 @@ def _is_cached(name: str, dataset: Dataset) -> bool:
 
 
 def _entry(name: str, dataset: Dataset, fingerprint: str) -> Path:
-    root = Path(os.environ.get("BPF_CACHE_DIR") or dataset.data_dir / "bpf-cache").expanduser()
-    source = str(Path(dataset.source).expanduser().resolve()) if dataset.source else ""
+    root = at_home(os.environ.get("BPF_CACHE_DIR") or dataset.data_dir / "bpf-cache")
+    source = os.path.realpath(at_home(dataset.source)) if dataset.source else ""
     return store.entry(root, name.partition(":")[0], f"{source}\0{dataset.image_size}", fingerprint)

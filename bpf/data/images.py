@@ -1,8 +1,10 @@
 """Decoding image files into one array: many small files at once, one shape for all."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,9 +72,20 @@ def decode(name: str, paths: Sequence[str], image_size: int | Size | None, *, ke
 def _decode_all(paths: Sequence[str], size: Size | None) -> Iterator[Decoded]:
     """The images in order, decoded by as many threads as there are cores (PIL decodes without the GIL)."""
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, _unlikely_sizes_refused():
         for decoded in pool.map(lambda chunk: [_decode_one(path, size) for path in chunk], chunks):
             yield from decoded
+
+
+@contextmanager
+def _unlikely_sizes_refused() -> Iterator[None]:
+    """Let PIL's warning of an image that is made to fill the memory be an error, and its others not be printed."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _decode_one(path: str, size: Size | None) -> Decoded:

@@ -1,9 +1,11 @@
 """Your own data: a folder of images (`folder:PATH`) or a NumPy archive (`npz:PATH`)."""
 
 import hashlib
+import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,8 @@ import numpy.typing as npt
 from bpf.data.base import Arrays, Dataset, Images, Labels
 from bpf.data.images import EXTENSIONS, decode
 from bpf.data.subsets import stratified_split
-from bpf.errors import UsageError
+from bpf.errors import BpfError, UsageError
+from bpf.files import at_home, exists, is_dir, is_file, memory_bytes
 
 TEST_SHARE, SPLIT_SEED = 0.2, 0  # of a source without its own test set
 
@@ -26,16 +29,25 @@ class _Own(Dataset):
 
     @property
     def path(self) -> Path:
-        return Path(self.source or "").expanduser()
+        return at_home(self.source or "")
 
     @property
     def label(self) -> str:
         return f"{self.kind}:{self.source or 'PATH'}"
 
+    @contextmanager
+    def _readable(self, path: str | Path) -> Iterator[None]:
+        """Raise UsageError for what the system refuses below the source."""
+        try:
+            yield
+        except OSError as error:
+            at = error.filename or path
+            raise UsageError(f"{self.label}: {at} cannot be read: {error.strerror}. Replace or remove it.") from error
+
     def _missing(self) -> UsageError:
         reason = "there is no such path"
-        if self.path.exists():
-            reason = "it is a file, not a directory" if self.path.is_file() else "it is not a file"
+        if exists(self.path):
+            reason = "it is a file, not a directory" if is_file(self.path) else "it is not a file"
         return UsageError(f"{self.label}: {reason}. {self.instructions()}")
 
 
@@ -53,7 +65,7 @@ class Folder(_Own):
     kind: ClassVar[str] = "folder"
 
     def present(self) -> bool:
-        return self.source is not None and self.path.is_dir()
+        return self.source is not None and is_dir(self.path)
 
     def instructions(self) -> str:
         return "Put images into PATH/train/CLASS and PATH/test/CLASS, or into PATH/CLASS to have them split 80/20."
@@ -63,7 +75,8 @@ class Folder(_Own):
         digest, root = hashlib.sha256(), str(self.path)
         for tree in self._trees():
             for path in (path for paths in tree.values() for path in paths):
-                status = os.stat(path)  # noqa: PTH116 - pathlib takes twice as long for 60,000 files
+                with self._readable(path):
+                    status = os.stat(path)  # noqa: PTH116 - pathlib takes twice as long for 60,000 files
                 entry = f"{path.removeprefix(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"
                 digest.update(entry.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
@@ -84,7 +97,7 @@ class Folder(_Own):
 
     def _trees(self) -> list[Tree]:
         """[train, test], or one tree to be split; class names and files are sorted."""
-        if not self.path.is_dir():
+        if not is_dir(self.path):
             raise self._missing()
         parts = [self.path / "train", self.path / "test"]
         found = [part.is_dir() for part in parts]
@@ -103,7 +116,11 @@ class Folder(_Own):
         return [train, test]
 
     def _tree(self, root: Path) -> Tree:
-        tree = {entry.name: sorted(_image_files(entry.path)) for entry in _visible(root) if entry.is_dir()}
+        tree = {}
+        with self._readable(root):
+            for entry in _visible(root):
+                if _is_dir(entry):
+                    tree[entry.name] = sorted(_image_files(entry.path))
         if not tree:
             raise UsageError(f"{self.label}: {root} has no class directories. {self.instructions()}")
         empty = sorted(name for name, paths in tree.items() if not paths)
@@ -134,7 +151,7 @@ class Npz(_Own):
     }
 
     def present(self) -> bool:
-        return self.source is not None and self.path.is_file()
+        return self.source is not None and is_file(self.path)
 
     def instructions(self) -> str:
         return (
@@ -144,14 +161,14 @@ class Npz(_Own):
 
     def fingerprint(self) -> str:
         """The file's size in bytes and time of change."""
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise self._missing()
         status = self.path.stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def read(self) -> Arrays:
         """Read the archive. Raises UsageError for a damaged file, missing keys and wrong types or shapes."""
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise self._missing()
         found = self._arrays()
         keys = [ours if ours in found else keras for ours, keras in self.keys.items()]
@@ -172,12 +189,36 @@ class Npz(_Own):
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         wanted = {*self.keys, *self.keys.values(), "classes"}
         try:
+            self._check_size(wanted)
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {key: archive[key] for key in archive.files if key in wanted}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        except (BpfError, MemoryError):
+            raise
+        except Exception as error:  # headers and archives that are made to fail can do so in any way
             objects = str(error).startswith("Object arrays")
             reason = "holds pickled objects" if objects else "is damaged or no .npz archive"
             raise UsageError(f"{self.label} {reason}. {self.instructions()}") from error
+
+    def _check_size(self, wanted: Collection[str]) -> None:
+        """Raise UsageError if an array says that it is larger than its bytes, or than this machine's memory."""
+        total = 0
+        with zipfile.ZipFile(self.path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.removesuffix(".npy") not in wanted:
+                    continue
+                with archive.open(entry) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, dtype = read[version](file)
+                    size = math.prod(shape) * dtype.itemsize
+                    if not dtype.hasobject and (min(shape, default=0) < 0 or size > entry.file_size):
+                        raise ValueError("larger than its bytes")
+                    total += entry.file_size
+        if total > memory_bytes():
+            raise UsageError(
+                f"{self.label} holds {total / 2**30:.1f} GiB of arrays, more than this machine has memory. "
+                "Leave some images out."
+            )
 
     def _images(self, key: str, images: npt.NDArray[Any]) -> Images:
         if images.dtype != np.uint8:
@@ -209,8 +250,16 @@ def _visible(root: Path | str) -> Iterator["os.DirEntry[str]"]:
 def _image_files(directory: str) -> Iterator[str]:
     for entry in _visible(directory):
         extension = "." + entry.name.rpartition(".")[2].lower()
-        if extension in EXTENSIONS and entry.is_file():
+        if extension in EXTENSIONS and not _is_dir(entry):
             yield entry.path
+
+
+def _is_dir(entry: "os.DirEntry[str]") -> bool:
+    """False also for a link to itself, where the entry's own method raises."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _tree_labels(tree: Tree) -> Labels:

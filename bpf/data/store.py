@@ -7,23 +7,38 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from bpf.data.base import Arrays, disk_error
-from bpf.errors import RunError
+from bpf.data.base import Arrays, disk_error, problem_of
+from bpf.errors import RunError, UsageError
 from bpf.files import sync_directory
+from bpf.reading import fitting, json_of, text_of
 
 FORMAT = 1
+META = "meta.json"
 _FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
 _CURE = "Choose another place with --data-dir or the environment variable BPF_CACHE_DIR."
+
+
+class _Meta(TypedDict):
+    """What an entry says of itself; the arrays' shapes and checksums by their names."""
+
+    format: int
+    fingerprint: str
+    classes: list[str]
+    shapes: dict[str, list[int]]
+    crc32: dict[str, int]
+
+
+_META: TypeAdapter[_Meta] = TypeAdapter(_Meta)
 
 
 def entry(root: Path, name: str, identity: str, fingerprint: str) -> Path:
@@ -48,7 +63,7 @@ def fetch(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arr
 
 
 def exists(directory: Path) -> bool:
-    return (directory / "meta.json").is_file()
+    return (directory / META).is_file()
 
 
 @contextmanager
@@ -56,6 +71,8 @@ def locked(lock: Path) -> Iterator[None]:
     """Hold a lock file, whose directory is made if need be. Where the work fails, neither stays behind."""
     from filelock import FileLock
 
+    if lock.is_symlink():
+        raise UsageError(f"{lock} is a link, and bpf locks only files of its own. Remove it.")
     new = [directory for directory in lock.parents if not directory.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -80,22 +97,41 @@ def _build(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Ar
         if arrays is not None:
             return arrays
         stage = root / f".{family}-{uuid.uuid4().hex[:8]}"
-        for leftover in root.glob(f".{family}-*"):  # of a killed process: the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in _ours(root, rf"\.{re.escape(family)}-[0-9a-f]{{8}}"):  # of a killed process: the lock is ours
+            _remove(leftover)
         try:
             built = build()
             stage.mkdir()
             _write(stage, fingerprint, built)
-            for outdated in root.glob(f"{family}-*"):
-                shutil.rmtree(outdated)
-            stage.rename(directory)
+            for outdated in _ours(root, rf"{re.escape(family)}-[0-9a-f]{{12}}"):
+                _remove(outdated)
+            if directory.exists():  # with something in it that is not ours
+                for path in sorted(stage.iterdir(), key=lambda path: path.name == META):
+                    path.replace(directory / path.name)
+            else:
+                stage.rename(directory)
             sync_directory(root)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            _remove(stage)
         arrays = _open(directory, fingerprint)
     if arrays is None:
         raise RunError(f"The data cache in {directory} reads back other bytes than were written. {_CURE}")
     return arrays
+
+
+def _ours(root: Path, pattern: str) -> list[Path]:
+    """The directories of exactly such names, but for links."""
+    return [
+        path for path in root.iterdir() if re.fullmatch(pattern, path.name) and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _remove(directory: Path) -> None:
+    """Remove what `_write` has put there, and the directory if nothing else is in it."""
+    for name in (META, *(f"{field}.npy" for field in _FIELDS)):
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _write(stage: Path, fingerprint: str, arrays: Arrays) -> None:
@@ -114,7 +150,7 @@ def _write(stage: Path, fingerprint: str, arrays: Arrays) -> None:
         "shapes": {field: getattr(arrays, field).shape for field in _FIELDS},
         "crc32": checksums,
     }
-    with (stage / "meta.json").open("w", encoding="utf-8") as file:
+    with (stage / META).open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -124,17 +160,19 @@ def _write(stage: Path, fingerprint: str, arrays: Arrays) -> None:
 def _open(directory: Path, fingerprint: str) -> Arrays | None:
     """None for an entry that is missing, damaged, of another format or of another fingerprint."""
     try:
-        meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = fitting(_META, json_of(text_of(directory / META)))
         if meta["format"] != FORMAT or meta["fingerprint"] != fingerprint:
             return None
-        if any(_checksum(directory / name) != crc32 for name, crc32 in meta["crc32"].items()):
+        paths = [directory / f"{field}.npy" for field in _FIELDS]
+        if meta["crc32"] != {path.name: _checksum(path) for path in paths}:
             return None
-        mapped = [np.load(directory / f"{field}.npy", mmap_mode="c", allow_pickle=False) for field in _FIELDS]
-        if [list(array.shape) for array in mapped] != [meta["shapes"][field] for field in _FIELDS]:
+        mapped = [np.load(path, mmap_mode="c", allow_pickle=False) for path in paths]
+        if {field: list(array.shape) for field, array in zip(_FIELDS, mapped, strict=True)} != meta["shapes"]:
             return None
         train_images, train_labels, test_images, test_labels = mapped
-        return Arrays(train_images, train_labels, test_images, test_labels, tuple(meta["classes"]))
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        arrays = Arrays(train_images, train_labels, test_images, test_labels, tuple(meta["classes"]))
+        return None if problem_of(arrays) else arrays
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, SyntaxError, EOFError):
         return None
 
 

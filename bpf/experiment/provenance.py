@@ -1,5 +1,6 @@
 """What an experiment's numbers depend on besides its spec: versions, source code, the machine, a few variables."""
 
+import math
 import os
 import platform
 import re
@@ -10,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bpf import __version__
+from bpf.files import memory_bytes
 from bpf.registry import Plugin
 
 PACKAGE = Path(__file__).parent.parent
@@ -23,7 +26,7 @@ _GIB = 2**30
 
 # An @ that should have been percent-encoded is taken for a part of the password, as long as no query has begun.
 _IN_AUTHORITY = re.compile(r"(://(?!/)[^:?]*:)[^@]*(?:@(?:[^?]|\?(?!\w+=))*)?(?=@)")
-_IN_QUERY = re.compile(r"([?&][^?&=]*(?:password|passwd|pwd)=).*?(?=&[^&=]+=|\Z)", re.IGNORECASE | re.DOTALL)
+_IN_QUERY = re.compile(r"([?&][^?&=]*=).*?(?=&[^&=]+=|\Z)", re.DOTALL)
 _BEFORE_LAST_AT = re.compile(r"(://).*(?=@)", re.DOTALL)
 _HIDDEN = r"\1***"
 
@@ -63,12 +66,17 @@ def _redact_url(url: str) -> str:
     from sqlalchemy.engine import make_url  # only commands with a URL need it, and `bpf --help` must start fast
     from sqlalchemy.exc import ArgumentError
 
-    hidden = _IN_QUERY.sub(_HIDDEN, _IN_AUTHORITY.sub(_HIDDEN, url, count=1))
+    hidden = _IN_QUERY.sub(_without_secret, _IN_AUTHORITY.sub(_HIDDEN, url, count=1))
     try:
         make_url(url)
     except (ArgumentError, ValueError):
         return _BEFORE_LAST_AT.sub(_HIDDEN, hidden)
     return hidden
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    """A value of a query, hidden if its name, however it is encoded, is that of a password."""
+    return f"{found[1]}***" if re.search(r"passw(or)?d|pwd", unquote(found[1]), re.IGNORECASE) else found[0]
 
 
 def _versions(plugins: Iterable[Plugin]) -> dict[str, str | None]:
@@ -140,10 +148,8 @@ def _processor() -> str:
 
 
 def _memory() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1)
-    except (AttributeError, ValueError, OSError):  # not on Windows, and not every system knows both
-        return None
+    memory = memory_bytes()
+    return round(memory / _GIB, 1) if math.isfinite(memory) else None
 
 
 def _gpus() -> list[dict[str, Any]]:

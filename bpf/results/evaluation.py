@@ -15,7 +15,7 @@ from bpf.data.cache import Data, load, open_dataset
 from bpf.data.images import EXTENSIONS, decode
 from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment.grid import as_grid, expand
-from bpf.files import check_place, write_atomically
+from bpf.files import check_place, is_dir, is_file, write_atomically
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.losses import predict as squashed
 from bpf.registry import ALGORITHMS, Registry
@@ -215,14 +215,14 @@ def _files(images: Sequence[Path]) -> list[Path]:
     """The files named, and the image files below directories; each directory's sorted."""
     files: list[Path] = []
     for path in images:
-        if path.is_dir():
-            below = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()]
+        if is_dir(path):
+            below = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and is_file(file)]
             hidden = [file for file in below if any(part.startswith(".") for part in file.relative_to(path).parts)]
             found = sorted(set(below) - set(hidden))
             if not found:
                 raise UsageError(f"{path} has no images. Recognised are {' '.join(sorted(EXTENSIONS))}.")
             files += found
-        elif path.is_file():
+        elif is_file(path):
             files.append(path)
         else:
             raise UsageError(f"There is no image {path}.")

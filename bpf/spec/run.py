@@ -35,6 +35,7 @@ from bpf.spec.values import (
     check_dropout,
     check_factor,
     check_interval,
+    check_line,
     one_or_many,
 )
 
@@ -46,7 +47,7 @@ def _is_number(model: type[BaseModel], name: str) -> bool:
 class Settings(Frozen):
     """What a run and a grid state in the same way."""
 
-    dataset: str = Field(
+    dataset: Annotated[str, AfterValidator(check_line)] = Field(
         description="Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
         "npz:PATH, or a plugin's (see `bpf datasets`)."
     )

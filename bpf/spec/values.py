@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from bpf.reading import is_plain
+
 ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
 FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
 ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
@@ -25,6 +27,12 @@ class Frozen(BaseModel):
     """Immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_line(value: str) -> str:
+    if not is_plain(value):
+        raise ValueError("it has control characters")
+    return value
 
 
 def check_arch(value: Any) -> str:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from filelock import FileLock
 
 from bpf.errors import UsageError, did_you_mean
+from bpf.files import exists, is_dir
 
 BUSY_SECONDS = 60.0
 IDLE_SECONDS = 30
@@ -78,7 +79,7 @@ class Database:
     @classmethod
     def _file(cls, path: Path) -> "Database":
         path = Path(os.path.realpath(path))  # so that a later `chdir` does no harm; a link to itself is none
-        if os.path.isdir(path):  # noqa: PTH112 - pathlib raises for a name that is too long
+        if is_dir(path):
             raise UsageError(f"{path} is a directory; the study is a file in it, such as {path / 'study.db'}.")
         return cls(sa.URL.create("sqlite", database=str(path)))
 
@@ -105,7 +106,7 @@ class Database:
 
     def missing(self) -> bool:
         """Whether there is no such file; of a server only a connection can tell."""
-        return self.path is not None and not os.path.exists(self.path)  # noqa: PTH110 - see `_file`
+        return self.path is not None and not exists(self.path)
 
     def engine_options(self, reading: bool = False) -> dict[str, Any]:
         """Few connections, of which none waits for ever and none begins a transaction by itself.

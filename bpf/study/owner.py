@@ -118,9 +118,10 @@ def private(directory: Path) -> Path:
 
 
 def lock_files(locks: Path) -> list[Path]:
-    """The lock files of owners in their directory, which is not looked for through a link."""
+    """The lock files of owners in their directory, which are empty; nothing is looked for through a link."""
     found = [] if locks.is_symlink() else sorted(locks.glob("*.lock"))
-    return [path for path in found if _LOCK.fullmatch(path.name) and not path.is_symlink()]
+    own = (path for path in found if _LOCK.fullmatch(path.name) and not path.is_symlink())
+    return [path for path in own if path.is_file() and not path.stat().st_size]
 
 
 def now(connection: sa.Connection) -> float:
