@@ -1,27 +1,26 @@
 """Checkpoints of cohorts: written atomically, with a checksum, and read without running code or believing anything.
 
-A file is a line with the format, the SHA-256 of all that follows, and then texts as JSON and tensors as safetensors.
-Those of bpf 0.2 and older are torch's, whose checksums are verified and which are read with `weights_only`.
+A file is a line with the format, the SHA-256 of all that follows, texts as JSON, and the bytes of the tensors that they
+name. (safetensors would copy all of them twice: docs/LOG.md.) Those of bpf 0.2 and older are torch's, whose checksums
+are verified and which are read with `weights_only`.
 """
 
 import hashlib
 import itertools
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load as deserialise
-from safetensors.torch import save as serialise
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import Buffer, TypedDict
 
 from bpf.errors import RunError
 from bpf.files import explaining, write_atomically
@@ -35,6 +34,7 @@ OLDER_FORMATS = (1, 2)
 _DIGEST, _LENGTH = 32, 8
 """Bytes of the checksum, and of the number that says how long the texts are."""
 LARGEST_TEXTS = 2**31
+_KINDS = {torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
 _CELLS: TypeAdapter[list[str]] = TypeAdapter(list[str])
 
 
@@ -68,8 +68,9 @@ def save(path: Path, cohort: str, cells: Sequence[str], specs: Sequence[RunSpec]
     dumped = [spec.model_dump(mode="json") for spec in specs]
     tensors: dict[str, Tensor] = {}
     content = {"cohort": cohort, "cells": list(cells), "specs": dumped, "states": _without_tensors(states, "", tensors)}
-    texts = json.dumps(content, separators=(",", ":")).encode()
-    parts = [len(texts).to_bytes(_LENGTH, "little"), texts, serialise(tensors)]
+    index = {name: [_KINDS[tensor.dtype], *tensor.shape] for name, tensor in tensors.items()}
+    texts = json.dumps(content | {"tensors": index}, separators=(",", ":")).encode()
+    parts: list[Buffer] = [len(texts).to_bytes(_LENGTH, "little"), texts, *map(_bytes, tensors.values())]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -82,9 +83,8 @@ def load(path: Path, cohort: str) -> dict[str, Any]:
     Of a checkpoint of bpf 0.1, `cells` are their keys. Raises Unusable for a file that is damaged, holds anything
     but tensors and plain values, is of another format or belongs to another cohort.
     """
-    with fitting(path, "is damaged and cannot be read"):
-        content = path.read_bytes()
-        found = _load(path, content) if content.startswith(MARK) else _load_older(path)
+    with fitting(path, "is damaged and cannot be read"), path.open("rb") as file:
+        found = _load(path, file) if file.read(len(MARK)) == MARK else _load_older(path)
     with fitting(path, "is damaged: parts of it are missing or no such parts"):
         texts = checked(_TEXTS, found)  # which drops the tensors
         states = [_joined(state, raw) for state, raw in zip(texts["states"], found["states"], strict=True)]
@@ -131,27 +131,35 @@ def fitting(path: Path, reason: str = "does not fit its cells") -> Iterator[None
         raise Unusable(f"The checkpoint {path} {reason}") from error
     except (
         *(LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, OSError, EOFError),
-        *(zipfile.BadZipFile, SafetensorError, NotImplementedError, RecursionError),
+        *(zipfile.BadZipFile, NotImplementedError, RecursionError),
     ) as error:
         raise Unusable(f"The checkpoint {path} {reason}") from error
 
 
-def _load(path: Path, content: bytes) -> dict[str, Any]:
-    start = len(MARK) + _DIGEST
-    body = memoryview(content)[start:]
-    if hashlib.sha256(body).digest() != content[len(MARK) : start]:
+def _load(path: Path, file: IO[bytes]) -> dict[str, Any]:
+    digest, body = file.read(_DIGEST), memoryview(bytearray(file.read()))
+    if hashlib.sha256(body).digest() != digest:
         raise Unusable(f"The checkpoint {path} is damaged: it does not agree with its checksum")
-    end = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
-    found: dict[str, Any] = json_of(bytes(body[_LENGTH:end]))
-    for name, tensor in deserialise(bytes(body[end:])).items():
+    at = _LENGTH + int.from_bytes(body[:_LENGTH], "little")
+    found: dict[str, Any] = json_of(bytes(body[_LENGTH:at]))
+    kinds = {name: kind for kind, name in _KINDS.items()}
+    for name, (kind, *shape) in found.pop("tensors").items():
+        size = math.prod(shape) * kinds[kind].itemsize
+        raw = torch.frombuffer(body[at : at + size], dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        at += size
         number, *parts, last = name.split("/")
         place = found["states"][int(number)]
         for part in parts:
             place = place.setdefault(part, {})
-        place[last] = tensor
+        place[last] = raw.clone().view(kinds[kind]).reshape(shape)
     for state in found["states"]:
         state["left"] = {int(run): kept for run, kept in state.get("left", {}).items()}
     return found
+
+
+def _bytes(tensor: Tensor) -> Buffer:
+    array: Any = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _load_older(path: Path) -> dict[str, Any]:
