@@ -4,7 +4,7 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 SOURCES := bpf plugins tests benchmarks
 
-.PHONY: help install demo test test-all chaos lint format bench clean
+.PHONY: help install demo test test-all chaos fuzz lint format bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test-all: install  ## run every test: also kills at every place, browsers, serve
 
 chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out
 	BPF_CHAOS_KILLS=$${BPF_CHAOS_KILLS:-200} $(BIN)/python -m pytest -s tests/test_chaos.py
+
+fuzz: install  ## give bpf 3,000 files, options and names that lie (BPF_FUZZ_CASES, BPF_FUZZ_SEED) and check what it says and does
+	BPF_FUZZ_CASES=$${BPF_FUZZ_CASES:-3000} $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 lint: install  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

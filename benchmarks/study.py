@@ -37,8 +37,8 @@ import optuna
 from bpf import api
 from bpf.experiment.grid import expand
 from bpf.spec.grid import GridSpec
-from bpf.study.owner import Owner
 from bpf.study.cells import Axis
+from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.study.trials import _distribution, _grid_ids, search_space
 

@@ -173,6 +173,15 @@ class Database:
         finally:
             engine.dispose()
 
+    def check_foreign(self) -> None:
+        """Raise UsageError for a file of another program: neither bpf's tables nor Optuna's are in it, but others."""
+        if self.path is None or not exists(self.path):
+            return
+        with closing(_open_file(self.path, True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and not tables & {"bpf_experiment", "studies"}:
+            raise UsageError(f"{self.path} is a database of something else. Choose another file.")
+
     def prepare(self) -> None:
         """Make the file, with a write-ahead log (the file remembers it), where SQLite's locks can be trusted."""
         if self.path is None:
@@ -185,6 +194,7 @@ class Database:
                 "keep the experiment on a local disk, or its study on a server with "
                 "--storage postgresql://USER@HOST/DATABASE."
             )
+        self.check_foreign()
         with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 

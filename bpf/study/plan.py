@@ -40,7 +40,7 @@ def axes(connection: sa.Connection, experiment: str) -> dict[str, tuple[int, lis
 def insert(connection: sa.Connection, experiment: str, wanted: Iterable[Cell]) -> int:
     """Append the cells whose key is not yet planned, as pending; returns how many there were."""
     mine = cells.c.experiment == experiment
-    known = set(connection.scalars(sa.select(cells.c.key).where(mine)))
+    known = {stored.word(key) for key in connection.scalars(sa.select(cells.c.key).where(mine))}
     new = {cell.key: cell for cell in wanted if cell.key not in known}
     last = connection.scalar(sa.select(sa.func.max(cells.c.ordinal)).where(mine))
     ordinals = itertools.count(0 if last is None else last + 1)
@@ -116,7 +116,7 @@ def rows(connection: sa.Connection, experiment: str, **where: str | None) -> lis
     """The experiment's cells in plan order, filtered by the given columns that are not None."""
     equal = [cells.c[column] == value for column, value in where.items() if value is not None]
     query = sa.select(*_ROW_COLUMNS).where(cells.c.experiment == experiment, *equal)
-    return list(_rows(connection, query.order_by(cells.c.ordinal)))
+    return stored.alike(list(_rows(connection, query.order_by(cells.c.ordinal))))
 
 
 def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Row]:
@@ -129,8 +129,8 @@ def _is(column: sa.Column[Any], value: Any) -> sa.ColumnElement[bool]:
 
 def points(connection: sa.Connection, experiment: str, rule: str, names: Sequence[str]) -> list[Point]:
     """Where the planned cells of a rule lie in its grid."""
-    query = sa.select(cells.c.params).where(cells.c.experiment == experiment, cells.c.rule == rule)
-    return [tuple(params[name] for name in names) for params in connection.scalars(query)]
+    query = sa.select(cells.c.key, cells.c.params).where(cells.c.experiment == experiment, cells.c.rule == rule)
+    return [stored.point(one.params, names, one.key) for one in connection.execute(query).all()]
 
 
 def tally(connection: sa.Connection, experiment: str, dead: Collection[str] = ()) -> list[Tally]:

@@ -5,7 +5,7 @@ Whoever can write into a database can make anything of a cell; here it becomes a
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from bpf.reading import Name, PathText, Word, fitting, json_of, text_of
-from bpf.study.cells import Axis, Row, Tally
+from bpf.study.cells import Axis, Point, Row, Tally, Value
 
 LARGEST_HISTORY = 2**30
 """Bytes of a cell's curves, unpacked."""
@@ -107,6 +107,7 @@ _ROW: TypeAdapter[Row] = TypeAdapter(Row)
 _SPEC: TypeAdapter[_Spec] = TypeAdapter(_Spec)
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 _HISTORY: TypeAdapter[list[Curves]] = TypeAdapter(list[Curves])
+_PARAMS: TypeAdapter[dict[str, Value]] = TypeAdapter(dict[str, Value])
 _AXES: TypeAdapter[list[Axis]] = TypeAdapter(list[Axis])
 _TALLY: TypeAdapter[Tally] = TypeAdapter(Tally)
 _SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
@@ -164,6 +165,23 @@ def row(record: Mapping[Any, Any]) -> Row:
         if not values or (found.state == "complete" and not whole):
             raise Damage(f"the result of {what}, which is {found.state}, has no value for each of its executions")
     return found
+
+
+def alike(found: list[Row]) -> list[Row]:
+    """Cells of which those of one rule have the same parameters. Raises Damage for others."""
+    first: dict[str, Row] = {}
+    for one in found:
+        if first.setdefault(one.rule, one).params.keys() != one.params.keys():
+            raise Damage(f"the cell {one.key!r} has other parameters than others of {one.rule!r}")
+    return found
+
+
+def point(params: Any, names: Sequence[str], key: str) -> Point:
+    """Where a cell lies in the grid of its rule, whose parameters have these names."""
+    checked(_PARAMS, params, f"what makes the cell {key!r}")
+    if set(params) != set(names):
+        raise Damage(f"the cell {key!r} has other parameters than the grid of its rule")
+    return tuple(params[name] for name in names)
 
 
 def axes(value: Any, rule: str) -> list[Axis]:

@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
 from bpf.errors import RunError, UsageError
+from bpf.study import stored
 from bpf.study.cells import Axis, Point, Row, Value
 from bpf.study.database import Database
 
@@ -165,10 +166,12 @@ class Trials:
         old, new = _grid_ids(search_space(before)), _grid_ids(search_space(after))
         moved = {str(number): str(new[point]) for point, number in old.items()}
         grid_id = (_system.c.key == "grid_id", _system.c.trial_id.in_(mine))
-        stored = connection.execute(sa.select(_system.c.trial_id, _system.c.value_json).where(*grid_id)).all()
-        if stored:
+        numbered = connection.execute(sa.select(_system.c.trial_id, _system.c.value_json).where(*grid_id)).all()
+        if not moved.keys() >= {number for _, number in numbered}:
+            raise stored.Damage("a trial has a number that its grid does not have")
+        if numbered:
             change = sa.update(_system).where(_system.c.key == "grid_id", _system.c.trial_id == sa.bindparam("at"))
-            records = [{"at": trial_id, "value_json": moved[number]} for trial_id, number in stored]
+            records = [{"at": trial_id, "value_json": moved[number]} for trial_id, number in numbered]
             connection.execute(change.values(value_json=sa.bindparam("value_json")), records)
 
         for axis in after:
@@ -181,7 +184,9 @@ class Trials:
         space = search_space(axes)
         if row.rule not in self._grids or self._grids[row.rule][0] != space:
             self._grids[row.rule] = space, _grid_ids(space)
-        point = tuple(row.params[name] for name in sorted(space))
+        point = stored.point(row.params, sorted(space), row.key)
+        if point not in self._grids[row.rule][1]:
+            raise stored.Damage(f"the cell {row.key!r} is no point of the grid of its rule")
         handed_over = {name: value for name, value in row.chosen.items() if name not in row.params}
         return optuna.create_trial(
             state=TrialState.RUNNING,
