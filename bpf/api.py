@@ -19,6 +19,7 @@ from bpf.results import summary
 from bpf.results.summary import Outset
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
+from bpf.spec.values import check_device
 from bpf.study.database import Database
 from bpf.study.patience import PATIENCE_SECONDS
 from bpf.workers.events import Trouble
@@ -51,8 +52,8 @@ class Effort:
     """How to train, without any effect on what comes out.
 
     `workers` is how many processes, None for one per processor core or GPU; `device` is where, as in a spec or
-    several joined by commas. `max_hours` ends the work in an orderly way after that time. Raises UsageError for a
-    number of either that makes no sense.
+    several joined by commas. `max_hours` ends the work in an orderly way after that time. Raises UsageError for
+    what makes no sense.
     """
 
     workers: int | None = None
@@ -68,6 +69,11 @@ class Effort:
             if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or value < least):
                 number = "whole number" if kind is int else "number"
                 raise UsageError(f"{name} {value!r}: give a {number} from {least} on.")
+        if self.device is not None:
+            try:
+                check_device(self.device)
+            except ValueError as error:
+                raise UsageError(f"device {self.device!r} is not accepted: {error}.") from None
 
 
 def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008

@@ -473,7 +473,7 @@ def checkpoints(draw: random.Random, work: Path, made: Made) -> Case:
         holder, name = draw.choice(list(tensors(content["states"][0])))
         tensor = holder[name]
         shapes = [
-            tensor[..., :0],
+            tensor.flatten()[:0],
             tensor.flatten()[:1],
             tensor.double(),
             tensor[None],
@@ -595,10 +595,10 @@ def images(draw: random.Random, work: Path, made: Made) -> Case:
         refused = not path.is_dir()
     elif how == 2:
         path.parent.rename(
-            path.parent.with_name(draw.choice([CONTROL.replace("\0", ""), "x" * 200, "[/red]", ":bug:", "a\nb"]))
+            path.parent.with_name(draw.choice([CONTROL.replace("\0", ""), "x" * 200, "[red]", ":bug:", "a\nb"]))
         )
     elif how == 3:
-        path.rename(path.with_name(f"{draw.choice([CONTROL.replace(chr(0), ''), 'é' * 100, '[/]'])}.png"))
+        path.rename(path.with_name(f"{draw.choice([CONTROL.replace(chr(0), ''), 'é' * 100, '[red]'])}.png"))
     elif how == 4:
         (work / "images/loop").symlink_to(work / "images/loop")
     else:
@@ -695,7 +695,7 @@ def names(draw: random.Random, work: Path, made: Made) -> Case:
     odd = draw.choice(
         [
             CONTROL.replace("\0", ""),
-            "[/red]",
+            "[red]",
             ":bug:",
             "a b",
             "x" * 120,

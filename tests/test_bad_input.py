@@ -56,6 +56,7 @@ ABOUT_DATASET = (
 )
 ABOUT_ALGORITHM = "Learning rule: bp, dfa, drtp, ll-cce, ll-mse, or a plugin's (see `bpf algorithms`)."
 ARCH = "give the hidden layers' units joined by hyphens, such as 500-500-1000-500."
+DEVICES = "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps."
 UNITS = "a layer has 1 to 65536 units, and there are at most 100 layers."
 DROPOUT = (
     "dropout with objective loss: dropout regularises, and a training objective cannot see that, so it would have no "
@@ -196,12 +197,19 @@ OPTIONS = {
     "use at least 0.007.",
     f"{TRAIN} --arch abc": f"--arch: 'abc' is not accepted: {ARCH}",
     f"{TRAIN} --arch=-5": f"--arch: '-5' is not accepted: {ARCH}",
-    f"{TRAIN} --arch ''": f"--arch: '' is not accepted: {ARCH}",
+    f"{TRAIN} --arch ''": "An argument is empty: --arch needs a value, or is to be left out.",
+    f"{TRAIN} --arch ,": f"--arch: ',' is not accepted: {ARCH}",
+    f"{TRAIN} --data-dir=": "An argument is empty: --data-dir= needs a value, or is to be left out.",
+    "train ''": "An argument is empty: it needs a value, or is to be left out.",
+    "report --output ' '": "An argument is empty: --output needs a value, or is to be left out.",
+    "worker ex --device foo": f"device 'foo' is not accepted: {DEVICES}",
+    "resume ex --device foo": f"device 'foo' is not accepted: {DEVICES}",
+    f"{TUNE} --workers \u0663": "--workers \u0663: give auto, or a number from 1 to 1024.",
     f"{TRAIN} --arch 500-0": f"--arch: '500-0' is not accepted: {UNITS}",
     f"{TRAIN} --arch 99999": f"--arch: '99999' is not accepted: {UNITS}",
     f"{TRAIN} --arch {'-'.join(['1'] * 101)}": f"--arch: '{'-'.join(['1'] * 101)}' is not accepted: {UNITS}",
     f"{TUNE} --lr 0.1,,0.2": "--lr: ['0.1,,0.2'] is not accepted: the list is empty or has an empty entry.",
-    f"{TUNE} --lr ''": "--lr: [''] is not accepted: the list is empty or has an empty entry.",
+    f"{TUNE} --lr ,": "--lr: [','] is not accepted: the list is empty or has an empty entry.",
     f"{TRAIN} --device gpu": "--device: 'gpu' is not accepted: "
     "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
     f"{TUNE} --device cuda:0,cpu": "--device: 'cuda:0,cpu' is not accepted: "

@@ -336,7 +336,7 @@ def test_no_digit_of_a_factor_is_lost(factor):
 
 def test_options_are_axes_with_validated_values():
     rules = {"fake": Fake, "bp": Backpropagation}
-    options = {"fake": {"scale": "0.1,1e-1,0.2", "centred": ["true", False], "kind": "sign"}}
+    options = {"fake": {"scale": "0.1,2e-1", "centred": ["true", False], "kind": "sign"}}
     grid = plan(
         "fake,bp", rules, arch="8", lr=0.1, activation="tanh", batch_norm=False, bw_init="ortho", options=options
     )

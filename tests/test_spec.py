@@ -70,7 +70,7 @@ def test_dropout_is_searched_for_validation_objectives_only(objective):
         ("1e-3, 1e-2", (0.001, 0.01)),
         (["1e-3", "1e-2"], (0.001, 0.01)),
         (["1e-3,0.1", 0.01], (0.001, 0.1, 0.01)),
-        (["0.001", "1e-3", 0.001, "0.01"], (0.001, 0.01)),
+        (["0.001", "1e-2", 0.1], (0.001, 0.01, 0.1)),
         (0.5, (0.5,)),
         ((0.1, 0.01), (0.1, 0.01)),
     ],
@@ -80,12 +80,12 @@ def test_lists(given, expected):
 
 
 def test_lists_of_words_and_switches():
-    grid = build(GridSpec, {**GRID, "arch": "10, 20-30,10,010", "batch_norm": "true", "activation": ["relu", "tanh"]})
+    grid = build(GridSpec, {**GRID, "arch": "010, 20-30", "batch_norm": "true", "activation": ["relu", "tanh"]})
     assert grid.arch == ("10", "20-30")
     assert grid.batch_norm == (True,)
     assert grid.activation == ("relu", "tanh")
     assert build(GridSpec, {**GRID, "arch": 500}).arch == ("500",)
-    assert build(GridSpec, {**GRID, "algorithm": "bp,bp"}).algorithm == ("bp",)
+    assert build(GridSpec, {**GRID, "algorithm": "bp, dfa"}).algorithm == ("bp", "dfa")
     assert build(GridSpec, {**GRID, "skew_type": "all"}).skew_type == ("none", "long_tailed", "step")
     assert build(GridSpec, {**GRID, "trackers": "gradients,bp_cosine"}).trackers == ("gradients", "bp_cosine")
 
@@ -378,6 +378,42 @@ def test_choices_and_bounds_in_words():
     for model in (RunSpec, GridSpec):
         assert bounds(model, "lr") == "above 0 to 10"
         assert bounds(model, "dropout") == "0 to below 1"
-        assert bounds(model, "early_stopping") == "0 or more"
+        assert bounds(model, "early_stopping") == "0 to 1000000"
         assert bounds(model, "epochs") == "1 to 1000000"
         assert bounds(model, "activation") == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        *((name, "1_000", "write numbers with the digits 0 to 9") for name in ("epochs", "seed", "batch_size")),
+        *((name, "1_0.5", "write numbers with the digits 0 to 9") for name in ("lr", "val_frac")),
+        *(
+            (name, "\u0663", "write numbers with the digits 0 to 9")
+            for name in ("epochs", "lr", "executions_per_trial")
+        ),
+        ("lr", ["0.1", "\uff11"], "write numbers with the digits 0 to 9"),
+        *(("arch", arch, "units joined by hyphens") for arch in ("\u0665\u0660\u0660", "8-\u0665")),
+        ("tracker_every", "\u0663", "a number of epochs"),
+        ("device", "cuda:\u0661", "give auto, cpu"),
+        *(("trackers", value, "") for value in (False, 0, {}, "", "a,a", ["a", "a"])),
+        ("early_stopping", 1e30, "exceeded maximum size"),
+        ("early_stopping", 1_000_001, "less than or equal to 1000000"),
+        *(("arch", value, "8 is there more than once") for value in ("8,8", ["8", 8], "8,08")),
+        ("lr", "0.1,1e-1", "0.1 is there more than once"),
+        ("algorithm", "bp,dfa,bp", "bp is there more than once"),
+        ("batch_norm", "true,yes", "True is there more than once"),
+        ("dataset", "folder:\x1b[2J", "control characters"),
+        ("dataset", "folder:a\0b", "control characters"),
+    ],
+)
+def test_what_was_accepted_once(field, value, reason):
+    with pytest.raises(UsageError) as raised:
+        build(GridSpec, {**GRID, field: value})
+    assert str(raised.value).startswith(f"{field}: ")
+    assert reason in str(raised.value)
+
+
+def test_no_trackers():
+    for value in (None, [], ()):
+        assert build(GridSpec, {**GRID, "trackers": value}).trackers == ()

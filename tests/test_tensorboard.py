@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bpf import api
-from bpf.errors import UsageError
+from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment
 from bpf.experiment.places import model_path
 from bpf.results import models, summary, tensorboard
@@ -160,19 +160,26 @@ def test_deciles_become_histograms(tmp_path: Path) -> None:
 def test_the_weights_of_the_best_network_become_histograms(tmp_path: Path) -> None:
     experiment = finished(tmp_path / "mine", invent, lr=LRS[:2])
     best, other = rows(experiment)
-    network = {"weight.0": torch.linspace(-1, 3, 101).reshape(1, 101), "bias.0": torch.zeros(1, 8)}
+    network = {"weight.0": torch.linspace(-1, 3, 512).reshape(8, 64), "bias.0": torch.zeros(1, 8)}
+    network |= {"weight.1": torch.zeros(10, 8), "bias.1": torch.tensor([[torch.inf, *[1.0] * 9]])}
     for row in (best, other):
         path = model_path(experiment.files / "models", row.rule, row.key)
-        models.save(path, network, RunSpec.model_validate(row.spec), (1, 8, 8), ["0"])
+        models.save(path, network, RunSpec.model_validate(row.spec), (1, 8, 8), list("0123456789"))
     tensorboard.write(experiment, tmp_path / "logs")
     multiplexer = read(tmp_path / "logs")
     assert multiplexer.Runs()[f"dfa/{other.name}"]["histograms"] == []
     (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/weight.0")
     told = event.histogram_value
-    assert (event.step, told.min, told.max, told.num, len(told.bucket)) == (3, -1.0, 3.0, 101, 50)
-    assert sum(told.bucket) == 101
+    assert (event.step, told.min, told.max, told.num, len(told.bucket)) == (3, -1.0, 3.0, 512, 50)
+    assert sum(told.bucket) == 512
     (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/bias.0")
     assert event.histogram_value.num == 8
+    (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/bias.1")
+    assert event.histogram_value.num == 9
+    path = model_path(experiment.files / "models", best.rule, best.key)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"is no usable model: it is damaged .* Move it away"):
+        tensorboard.write(experiment, tmp_path / "logs")
 
 
 def test_a_trained_experiment_is_shown(tmp_path: Path) -> None:

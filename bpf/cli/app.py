@@ -10,7 +10,7 @@ import typer
 from bpf import __version__
 from bpf.cli import listing, models, training, viewing
 from bpf.console.screen import tell
-from bpf.errors import BpfError
+from bpf.errors import BpfError, UsageError
 
 app = typer.Typer(
     help="Train fully connected networks without backpropagation, and compare learning rules by grid search.",
@@ -52,6 +52,7 @@ for panel, commands in GROUPS.items():
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted, 141 unread."""
     try:
+        _check_filled(sys.argv[1:] if arguments is None else arguments)
         app(args=arguments, prog_name="bpf")
     except BpfError as error:
         _fail(f"{'' if error.exit_code == 130 else 'Error: '}{error}", error.exit_code)
@@ -72,6 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"bpf failed: {type(error).__name__}: {error}\nThis is a bug in bpf or a plugin; BPF_DEBUG=1 shows where.",
             1,
         )
+
+
+def _check_filled(arguments: list[str]) -> None:
+    """Refuse empty arguments: `""` would be the current directory where a directory is meant."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+            name = argument if argument.strip() else before if before.startswith("--") else "it"
+            raise UsageError(f"An argument is empty: {name} needs a value, or is to be left out.")
 
 
 def _unread() -> None:

@@ -221,7 +221,7 @@ def _warm_up() -> None:
 def _effort(workers: str, device: str | None, checkpoint_every: float, max_hours: float | None) -> "Effort":
     from bpf.api import Effort
 
-    if workers != "auto" and not (workers.isdecimal() and 1 <= int(workers) <= MAX_WORKERS):
+    if workers != "auto" and not (re.fullmatch("[0-9]+", workers) and 1 <= int(workers) <= MAX_WORKERS):
         raise UsageError(f"--workers {workers}: give auto, or a number from 1 to {MAX_WORKERS}.")
     return Effort(None if workers == "auto" else int(workers), device, checkpoint_every, max_hours)
 

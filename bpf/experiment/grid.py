@@ -327,7 +327,9 @@ def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any])
     for option, raw in given.items():
         candidates = raw if isinstance(raw, list | tuple) else str(raw).split(",") if isinstance(raw, str) else [raw]
         validated = [_options(rule, name, {option: v}).model_dump(mode="json")[option] for v in candidates]
-        values[option] = list(dict.fromkeys(validated))
+        if len(set(validated)) < len(validated):
+            raise UsageError(f"{name}.{option}: {raw!r} is not accepted: a value is there more than once.")
+        values[option] = validated
     return values
 
 

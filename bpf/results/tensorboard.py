@@ -19,8 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bpf.errors import UsageError
+from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment
+from bpf.experiment.places import model_path
 from bpf.extras import need
 from bpf.files import write_atomically
 from bpf.reading import file_name
@@ -239,12 +240,18 @@ def _quantiles(means: Mapping[str, Curve]) -> dict[str, dict[int, Curve]]:
 def _weights(experiment: Experiment, row: Row) -> dict[str, tuple[list[float], list[float]]]:
     """Edges and counts of a histogram of each tensor of a cell's network; nothing where it was not kept."""
     import numpy as np
-    from safetensors.numpy import load_file
 
-    histograms = {}
-    for path in (experiment.files / "models").glob(f"*/{row.key}.safetensors"):
-        for name, tensor in load_file(path).items():
-            counts, edges = np.histogram(tensor, bins=BINS)
+    path, histograms = model_path(experiment.files / "models", row.rule, row.key), {}
+    if path.exists():
+        from bpf.results.models import read  # torch, which is needed for nothing else here
+
+        try:
+            tensors = read(path).tensors
+        except UsageError as error:
+            raise RunError(f"{error} Move it away, and give the command again.") from error
+        for name, tensor in tensors.items():
+            values = tensor.numpy()
+            counts, edges = np.histogram(values[np.isfinite(values)], bins=BINS)
             histograms[name] = edges.tolist(), counts.tolist()
     return histograms
 

@@ -32,11 +32,13 @@ from bpf.spec.values import (
     SkewType,
     WeightDecay,
     check_device,
+    check_digits,
     check_dropout,
     check_factor,
     check_interval,
     check_line,
-    one_or_many,
+    distinct,
+    none_or_many,
 )
 
 
@@ -73,7 +75,10 @@ class Settings(Frozen):
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
     early_stopping: int = Field(
-        0, ge=0, description="Stop an execution after this many epochs without a better objective; 0 is off."
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Stop an execution after this many epochs without a better objective; 0 is off.",
     )
     brightness: float = Field(
         0.0, ge=0, le=1, description="Augmentation: brightness varies by this fraction; 0 is off."
@@ -94,7 +99,7 @@ class Settings(Frozen):
         "auto",
         description="auto, cpu, cuda, cuda:N, cuda:0,cuda:1,... or mps; auto takes the GPUs where there are any.",
     )
-    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda v: one_or_many(v) if v else ())] = Field(
+    trackers: Annotated[tuple[str, ...], BeforeValidator(none_or_many), AfterValidator(distinct)] = Field(
         (),
         description="Measurements on a probe batch: bp_cosine, weight_alignment, gradients, weights, local_loss, "
         "activations, or a plugin's.",
@@ -111,11 +116,17 @@ class Settings(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_numbers(cls, values: Any) -> Any:
-        """YAML reads `yes` as true, which pydantic would take for 1."""
+        """YAML reads `yes` as true, which pydantic would take for 1, as it takes `1_000` for 1000."""
         for name, value in values.items() if isinstance(values, dict) else ():
             several = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(one, bool) for one in several) and _is_number(cls, name):
+            if not _is_number(cls, name):
+                continue
+            if any(isinstance(one, bool) for one in several):
                 raise ValueError(f"{name}: {value!r} is not accepted: it must be a number.")
+            try:
+                check_digits(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {value!r} is not accepted: {error}.") from None
         return values
 
     @property

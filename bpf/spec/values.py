@@ -37,7 +37,7 @@ def check_line(value: str) -> str:
 
 def check_arch(value: Any) -> str:
     text = str(value).strip()
-    if not re.fullmatch(r"\d+(-\d+)*", text):
+    if not re.fullmatch(r"[0-9]+(-[0-9]+)*", text):
         raise ValueError("give the hidden layers' units joined by hyphens, such as 500-500-1000-500")
     widths = [int(part) for part in text.split("-")]
     if min(widths) < 1 or max(widths) > MAX_UNITS or len(widths) > MAX_LAYERS:
@@ -46,14 +46,14 @@ def check_arch(value: Any) -> str:
 
 
 def check_interval(value: Any) -> str:
-    found = re.fullmatch(r"0*([1-9]\d{0,8}) *(epochs?|steps?)?", str(value).strip())
+    found = re.fullmatch(r"0*([1-9][0-9]{0,8}) *(epochs?|steps?)?", str(value).strip())
     if not found:
         raise ValueError("give a number of epochs, such as 5, or of steps, such as 100 steps")
     return f"{found[1]} steps" if (found[2] or "").startswith("step") else found[1]
 
 
 def check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?(,cuda:\d+)*", value):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?(,cuda:[0-9]+)*", value):
         raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
     return value
 
@@ -68,8 +68,23 @@ def one_or_many(value: Any) -> Any:
     return flat
 
 
+def none_or_many(value: Any) -> Any:
+    """As `one_or_many`; nothing, and an empty list, are none."""
+    return () if value is None or value in ([], ()) else one_or_many(value)
+
+
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
+    twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there more than once")
+    return values
+
+
+def check_digits(value: Any) -> None:
+    """Raise ValueError for a number in a text that Python reads and hardly anybody writes: 1_000, or other digits."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and ("_" in text or not text.isascii()):
+            raise ValueError("write numbers with the digits 0 to 9, such as 1000 or 0.001")
 
 
 def all_skews(value: Any) -> Any:
