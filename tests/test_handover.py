@@ -194,7 +194,7 @@ def test_what_was_taken_in_words() -> None:
     ]
     taken = Taken(grid(), Path("ex"), "loss", setups, [])
     assert list(taken.lines()) == [
-        "2 learning rates from ex:",
+        "2 learning rates from ex, each with its loss (mean ± std over executions):",
         "  bp arch=8 lr=0.001 (loss 0.5100 ± 0.0141)",
         "  bp arch=16 lr=0.1 (loss 0.1234; 1 failed of 2 cells)",
         "  bp arch=9: left out: 2 diverged of 2 cells",
@@ -541,7 +541,7 @@ def test_python_has_two_phases_too(bpf: Callable[..., str], capsys: pytest.Captu
     package.tune(first, "mine", workers=1, quiet=True)
     second = package.tune(grid(), "mine", workers=1)
     assert second.directory == Path("mine/val_loss")
-    assert "4 learning rates from mine:" in capsys.readouterr().out
+    assert "4 learning rates from mine, each with its loss (mean ± std over executions):" in capsys.readouterr().out
     assert {(one.rule, one.params["arch"]): one.spec["lr"] for one in rows("mine/val_loss")} == winners("mine")
     named = package.tune(grid(), "other", lr_from="mine", workers=1, quiet=True)
     assert list(named.results().lr) == list(second.results().lr)

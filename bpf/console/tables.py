@@ -55,8 +55,7 @@ def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
     out.print()
     title = "The winner of each rule on the test set"
     out.print(_table(title, ranking.winners, ranking.varying, objective, test=True))
-    executions = len(ranking.top[0].objective.values)
-    spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
+    spread = _spread(ranking.top)
     others = [f"{counts[state]} {state}" for state in ("diverged", "failed") if counts[state]]
     say(f"{spread}; {counted(counts['complete'], 'cell')} complete{''.join(f', {o}' for o in others)}.")
     share = tracking_share({entry.row.key: entry.row for entry in (*ranking.top, *ranking.winners)}.values())
@@ -73,8 +72,14 @@ def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Colle
     if ranked:
         shown = {*names, *varying}
         out.print(_table(f"The best by {objective} per {', '.join(names)}", ranked, shown, objective, test=False))
+        say(f"{_spread(ranked)}.")
     else:
         say("No complete cell yet.")
+
+
+def _spread(ranked: Sequence[Ranked]) -> str:
+    executions = len(ranked[0].objective.values)
+    return f"mean ± std over {executions} executions" if executions > 1 else "one execution"
 
 
 def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:

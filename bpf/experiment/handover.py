@@ -101,7 +101,9 @@ class Taken:
         """What was taken, what was not and why, for a person. Parameters that never vary are not named."""
         names = _varying(self.setups)
         count = len(self.handed)
-        yield f"{counted(count, 'learning rate')} from {self.source}:"
+        spread = " ± std" if any(one.objective and one.objective.std is not None for one in self.handed) else ""
+        over = f", each with its {self.objective} (mean{spread} over executions)" if count else ""
+        yield f"{counted(count, 'learning rate')} from {self.source}{over}:"
         for one in self.handed:
             assert one.objective is not None
             yield f"  {_named(one, names)} lr={one.lr:g} ({_scored(self.objective, one)})"
