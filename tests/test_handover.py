@@ -21,7 +21,8 @@ from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, find, open_experiment, prepare
 from bpf.experiment.grid import setup
-from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
+from bpf.experiment.handover import Handed, Taken, rates, resolve
+from bpf.experiment.phases import phase_directory
 from bpf.results import summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec

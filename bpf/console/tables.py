@@ -15,6 +15,7 @@ from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
+    from bpf.experiment.further import Further
     from bpf.experiment.handover import Taken
     from bpf.results.summary import Ranking
 
@@ -65,6 +66,16 @@ def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
         last = (ranking.failure.error or "").strip().splitlines()[-1]
         varying = {name: value for name, value in ranking.failure.chosen.items() if name in ranking.varying}
         say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
+    _show_further(ranking.further)
+
+
+def _show_further(further: "Further") -> None:
+    if further.edges:
+        say("Winners at the edge of what was tried, so that better ones may lie beyond:")
+    for edge in further.edges:
+        say(f"  {edge}")
+    for what, command in further.commands.items():
+        say(f"{what}:\n  {command}")
 
 
 def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Collection[str], objective: str) -> None:

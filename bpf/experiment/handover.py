@@ -18,6 +18,7 @@ from bpf.errors import UsageError
 from bpf.experiment import commands
 from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.experiment.grid import Holes, expand, resolve_options, run_fields, setup, setups, words
+from bpf.experiment.phases import OBJECTIVES, phase_directory
 from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec, Rate
@@ -26,8 +27,6 @@ from bpf.study.plan import OPEN, Row, Value
 from bpf.study.ranking import Spread, rank
 from bpf.words import counted
 
-OBJECTIVES = ("loss", "error")
-"""What learning rates are found with."""
 LISTED = 20
 """How many setups without a rate a message lists."""
 _ANOTHER_PROBLEM = ("dataset", "problem_type")
@@ -129,7 +128,7 @@ def begin(
     """Where a grid search in `directory` goes, its grid, and what it took over if it is a second phase.
 
     Learning rates come from `lr_from` or else, if the grid has none, from the earlier phase that is found (see
-    `phase_directory`). `place` is that of the grid search; it may know the password of the earlier one's database.
+    `phases`). `place` is that of the grid search; it may know the password of the earlier one's database.
     Raises UsageError if there are none and `data_dir`, where data sets lie, is known: it says which commands find them.
     """
     directory, earlier = phase_directory(directory, grid.objective)
@@ -140,28 +139,6 @@ def begin(
     source = open_experiment(lr_from or earlier or directory, Place(place.storage, usual=True))
     taken = resolve(grid, source)
     return directory, taken.grid, taken
-
-
-def phase_directory(directory: Path, objective: str) -> tuple[Path, Path | None]:
-    """Where a grid search in `directory` goes, and the directory of the earlier phase that it can take rates from.
-
-    A `val_*` phase of an experiment of `loss` or `error` lies in `DIRECTORY/OBJECTIVE`. Elsewhere it takes the rates of
-    the experiment beside it of the same name but for the objective, such as `runs/digits-dfa-loss` for
-    `runs/digits-dfa-val_loss`. Raises UsageError if there is an experiment that cannot be read.
-    """
-    if not objective.startswith("val_"):
-        return directory, None
-    if _finds_rates(directory):
-        return directory / objective, directory
-    if directory.name == objective and _finds_rates(directory.parent):
-        return directory, directory.parent
-    stem = directory.name.removesuffix(f"-{objective}")
-    if stem != directory.name:
-        same = objective.removeprefix("val_")
-        for earlier in sorted(OBJECTIVES, key=lambda name: name != same):
-            if _finds_rates(beside := directory.with_name(f"{stem}-{earlier}")):
-                return directory, beside
-    return directory, None
 
 
 def _offer_rates(directory: Path, grid: GridSpec, place: Place, data_dir: Path) -> None:
@@ -183,13 +160,6 @@ def _offer_rates(directory: Path, grid: GridSpec, place: Place, data_dir: Path) 
             "or find that of each setup by training loss first, without dropout, and take it over:\n"
             f"  {ways[1]}\n  {ways[2]}"
         )
-
-
-def _finds_rates(directory: Path) -> bool:
-    if not (directory / "experiment.yaml").exists():
-        return False
-    experiment = open_experiment(directory)
-    return experiment.kind == "tune" and experiment.grid.objective in OBJECTIVES
 
 
 def rates(experiment: Experiment) -> list[Handed]:

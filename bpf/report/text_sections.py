@@ -62,7 +62,9 @@ def ranking(block: Block) -> Section:
         if len(block.ranked) > TOP:
             of = f"The best {TOP} of {len(block.ranked)} complete cells; bpf export has all of them."
         found.append(_ranked(block, top, of))
-    return Section("ranking", "Ranking", [note], found)
+    beyond = "At the edge of what was tried, so that better ones may lie beyond:"
+    edges = [f"{beyond} {edge}." for edge in block.further.edges]
+    return Section("ranking", "Ranking", [note, *edges], found, codes=block.further.commands)
 
 
 def _ranked(block: Block, ranked: Sequence[Ranked], note: str) -> Table:
