@@ -42,12 +42,13 @@ format: install  ## put the code into shape
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: install  ## measure the training step, memory, the study's overhead, what workers bring and what trackers cost
+bench: install  ## measure the training step, memory, the study's overhead, what workers bring, what trackers cost and whether intervals hold
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/study.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/trackers.py
+	$(BIN)/python benchmarks/intervals.py
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

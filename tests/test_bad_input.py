@@ -219,9 +219,15 @@ OPTIONS = {
     ),
     f"{TUNE} --dropout 0.5": DROPOUT,
     f"{TRAIN} --dropout 0.5": DROPOUT,
-    f"{TUNE} --objective val_loss": "objective val_loss without lr: val_* objectives tune regularisation and take the "
-    "learning rate of each setup from an earlier phase. First run the same command with --objective loss and without "
-    "--dropout, then this one with --lr-from DIR, where DIR is the directory of that experiment; or give --lr.",
+    f"{TUNE} --objective val_loss": "objective val_loss without lr. Tune the learning rate on the held-out examples "
+    "too:\n"
+    "  bpf tune runs/digits-dfa-val_loss --dataset digits --objective val_loss --algorithm dfa "
+    "--lr 0.0001,0.001,0.01,0.1\n"
+    "or find that of each setup by training loss first, without dropout, and take it over:\n"
+    "  bpf tune runs/digits-dfa-loss --dataset digits --objective loss --algorithm dfa --lr 0.0001,0.001,0.01,0.1\n"
+    "  bpf tune runs/digits-dfa-val_loss --dataset digits --objective val_loss --algorithm dfa "
+    "--lr-from runs/digits-dfa-loss",
+    f"{TUNE} --objective val_loss --option dfa.x=1": "Unknown option dfa.x. dfa has no options.",
     f"{TRAIN} --objective val_error --val-frac 0": "objective val_error with val_frac 0: there is no validation split "
     "to measure. Give val_frac, such as 0.1.",
     f"{TRAIN} --imbalance-factor 5": SKEW,

@@ -135,7 +135,7 @@ def test_help_of_a_list(bpf_: Bpf, monkeypatch: pytest.MonkeyPatch) -> None:
     for expected in (
         "Learning rate. [above 0 to 10] [default: 0.0001, 0.001, 0.01, 0.1]",
         "[default: 500, 500-500-500-500-500, 500-1000-500, 1000, 1000-1000, 1000-500-1000]",
-        "[0 to below 1] [default: 0; 0.1, 0.2, 0.3, 0.4, 0.5 with a val_* objective]",
+        "[0 to below 1] [default: 0; 0, 0.1, 0.2, 0.3, 0.4, 0.5 with a val_* objective]",
         "[none, long_tailed, step, or all]",
         "with seed, seed + 1, ... [1 to 1000] [default: 3]",
     ):

@@ -21,7 +21,8 @@ from bpf.cli import app as cli
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, open_experiment, prepare
 from bpf.experiment.grid import setup
-from bpf.experiment.handover import Handed, Taken, phase_directory, rates, resolve
+from bpf.experiment.handover import Handed, Taken, rates, resolve
+from bpf.experiment.phases import phase_directory
 from bpf.experiment.places import find
 from bpf.results import summary
 from bpf.spec.fields import build
@@ -195,7 +196,7 @@ def test_what_was_taken_in_words() -> None:
     ]
     taken = Taken(grid(), Path("ex"), "loss", setups, [])
     assert list(taken.lines()) == [
-        "2 learning rates from ex:",
+        "2 learning rates from ex, each with its loss (mean ± std over executions):",
         "  bp arch=8 lr=0.001 (loss 0.5100 ± 0.0141)",
         "  bp arch=16 lr=0.1 (loss 0.1234; 1 failed of 2 cells)",
         "  bp arch=9: left out: 2 diverged of 2 cells",
@@ -311,6 +312,56 @@ def test_a_grid_with_given_rates_does_not_take_others(bpf: Callable[..., str]) -
         "A grid can be extended (lists, epochs and executions may grow), not changed. Give another directory, or the "
         "same settings.\n"
     )
+
+
+def pasted(refused: str) -> list[str]:
+    """The commands in a message or an output, without `bpf`."""
+    return [line.strip().removeprefix("bpf ") for line in refused.splitlines() if line.startswith("  bpf ")]
+
+
+def test_both_ways_to_a_learning_rate_can_be_pasted(bpf: Callable[..., str]) -> None:
+    asked = f"{SECOND.replace(' 8,8-8 ', ' 8 ')} --storage sqlite:///shared.db --data-dir 'my data'"
+    by_list, first, second = pasted(bpf(f"{asked} --experiment mine", code=2))
+    assert not Path("ex").exists()
+    assert "--experiment mine" in by_list
+    bpf(f"{by_list} --plan-only")
+    cells = rows("ex")
+    assert {row.params["lr"] for row in cells} == {0.0001, 0.001, 0.01, 0.1}
+    assert {row.params["dropout"] for row in cells} == {0.0, 0.3}
+    Path("ex").rename("by-list")
+
+    bpf(f"{first.replace('0.0001,0.001,', '')} {FAST}")
+    assert {(row.params["dropout"], row.spec["objective"]) for row in rows("ex-loss")} == {(0.0, "loss")}
+    bpf(f"{second.replace('--experiment mine', '')} {FAST}")
+    best = winners("ex-loss")
+    assert {(row.rule, row.params["dropout"]): row.spec["lr"] for row in rows("ex")} == {
+        (rule, dropout): best[rule, "8"] for rule in ("bp", "drtp") for dropout in (0.0, 0.3)
+    }
+    for directory in ("ex-loss", "ex", "by-list"):
+        assert open_experiment(Path(directory)).data_dir == Path("my data").resolve()
+        assert open_experiment(Path(directory)).database.public == str(Path("shared.db").resolve())
+
+
+def test_ways_to_a_learning_rate_have_directories(bpf: Callable[..., str]) -> None:
+    grid = f"{SMALL} --algorithm bp --objective val_error"
+    for given, names in {
+        "": ["runs/digits-bp-val_error", "runs/digits-bp-loss"],
+        "'a b/c'": ["'a b/c'", "'a b/c-loss'"],
+        ".": [".", shlex.quote(str(Path.cwd().with_name("work-loss")))],
+        "d/val_error": ["d/val_error", "d/val_error-loss"],
+        "-- -x": ["./-x", "./-x-loss"],
+    }.items():
+        by_list, first, second = pasted(bpf(f"tune {grid} {given}", code=2))
+        asked, made = names
+        assert by_list.startswith(f"tune {asked} --dataset digits ")
+        assert first.startswith(f"tune {made} --dataset digits ")
+        assert second.startswith(f"tune {asked} --dataset digits ")
+        assert second.endswith(f" --lr-from {made}")
+
+
+def test_python_is_told_what_to_do_without_commands(bpf: Callable[..., str]) -> None:
+    with pytest.raises(UsageError, match=r"^objective val_loss without lr: .* with --lr-from DIR, where DIR is"):
+        package.tune(grid(), "ex", workers=1)
 
 
 def test_another_directory_can_be_named(bpf: Callable[..., str]) -> None:
@@ -542,7 +593,7 @@ def test_python_has_two_phases_too(bpf: Callable[..., str], capsys: pytest.Captu
     package.tune(first, "mine", workers=1, quiet=True)
     second = package.tune(grid(), "mine", workers=1)
     assert second.directory == Path("mine/val_loss")
-    assert "4 learning rates from mine:" in capsys.readouterr().out
+    assert "4 learning rates from mine, each with its loss (mean ± std over executions):" in capsys.readouterr().out
     assert {(one.rule, one.params["arch"]): one.spec["lr"] for one in rows("mine/val_loss")} == winners("mine")
     named = package.tune(grid(), "other", lr_from="mine", workers=1, quiet=True)
     assert list(named.results().lr) == list(second.results().lr)

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import random
 import re
 import shutil
+import statistics
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -98,25 +100,89 @@ def test_rules_are_compared_by_their_best_cells_at_equal_settings_paired_by_seed
         cell("bp", [0.90, 0.90, 0.90], lr=0.2, arch="20"),
         cell("dfa", [0.95, 0.95], seeds=[1, 2], lr=0.1, bw_init="ortho", arch="20"),
         cell("dfa", [0.70, 0.90], tests=[0.15, 0.18], seeds=[1, 2], lr=0.2, bw_init="lecun", arch="20"),
-        # 30 units
-        cell("bp", [0.40, 0.40], tests=[0.20, 0.20], lr=0.1, arch="30"),
-        cell("dfa", [0.30, 0.40], tests=[0.21, 0.23], lr=0.1, bw_init="ortho", arch="30"),
+        # 30 units: seed 0 is not in 20 units, and counts for `wins` only
+        cell("bp", [0.90, 0.40, 0.40], tests=[0.9, 0.20, 0.20], lr=0.1, arch="30"),
+        cell("dfa", [0.10, 0.30, 0.40], tests=[0.1, 0.21, 0.23], lr=0.1, bw_init="ortho", arch="30"),
         # 40 units
-        cell("bp", [0.10, 0.10], tests=[0.3, 0.3], lr=0.1, arch="40"),
-        cell("dfa", [0.15, 0.15], tests=[0.32, 0.32], lr=0.1, bw_init="ortho", arch="40"),
+        cell("bp", [0.10, 0.10], tests=[0.3, 0.3], seeds=[1, 2], lr=0.1, arch="40"),
+        cell("dfa", [0.15, 0.16], tests=[0.32, 0.32], seeds=[1, 2], lr=0.1, bw_init="ortho", arch="40"),
         # 50 units: no partner
         cell("bp", [0.10, 0.10], lr=0.1, arch="50"),
     ]
     (found,) = comparing.compare(rows)
-    # objective: mean of (0.60 - 0.70, 0.70 - 0.90) = -0.15, of (0.1, 0) = 0.05, and -0.05
     assert (found.first, found.second, found.settings, found.wins) == ("bp", "dfa", 3, 2)
     assert (found.lost, found.left_out) == ((0, 0), 1)
-    assert found.objective.mean == pytest.approx(-0.05)
-    assert (found.objective.count, found.objective.over) == (3, "settings")
-    half = 4.302652730 * 0.1 / math.sqrt(3)  # t(2) * std / sqrt(n); the std of -0.15, 0.05 and -0.05 is 0.1
-    assert found.objective.interval == pytest.approx((-0.05 - half, -0.05 + half))
-    # test error: mean of (0.11 - 0.15, 0.12 - 0.18) = -0.05, of (-0.01, -0.03) = -0.02, and -0.02
-    assert found.test["error"].mean == pytest.approx(-0.03)
+    # objective: seed 1 has -0.10, 0.10 and -0.05, seed 2 has -0.20, 0 and -0.06: -0.05 / 3 and -0.26 / 3
+    assert found.objective == comparing.Difference(pytest.approx(-0.31 / 6), None, seeds=2, settings=3)
+    # test error: -0.04, -0.01 and -0.02; -0.06, -0.03 and -0.02
+    assert found.test["error"] == comparing.Difference(pytest.approx(-0.03), None, seeds=2, settings=3)
+
+
+def test_the_interval_is_over_seeds_however_many_settings_share_them():
+    rows = [
+        cell("bp", [0.1, 0.2, 0.6], lr=0.1, arch="20"),
+        cell("dfa", [0.2, 0.4, 0.9], lr=0.1, arch="20"),
+        cell("bp", [0.5, 0.5, 0.5], lr=0.1, arch="30"),
+        cell("dfa", [0.8, 0.7, 0.5], lr=0.1, arch="30"),
+    ]
+    (one,) = comparing.compare(rows[:2])
+    # differences -0.1, -0.2, -0.3: std 0.1
+    half = 4.302652730 * 0.1 / math.sqrt(3)
+    assert one.objective == comparing.Difference(pytest.approx(-0.2), pytest.approx((-0.2 - half, -0.2 + half)), 3, 1)
+    (two,) = comparing.compare(rows)
+    # of the other setting -0.3, -0.2, 0: means by seed -0.2, -0.2, -0.15, std 0.05 / √3
+    half = 4.302652730 * 0.05 / 3
+    middle = -0.55 / 3
+    interval = pytest.approx((middle - half, middle + half))
+    assert two.objective == comparing.Difference(pytest.approx(middle), interval, 3, 2)
+    many = [replace(row, params={**row.params, "copy": copy}) for copy in range(50) for row in rows]
+    (found,) = comparing.compare(many)
+    assert found.objective == comparing.Difference(pytest.approx(middle), interval, 3, 100)
+
+
+def test_settings_without_a_common_seed_have_a_mean_and_no_interval():
+    rows = [
+        cell("bp", [0.1, 0.1, 0.1], seeds=[0, 1, 2], lr=0.1, arch="20"),
+        cell("dfa", [0.2, 0.3, 0.4], seeds=[0, 1, 2], lr=0.1, arch="20"),
+        cell("bp", [0.1, 0.1, 0.1], seeds=[3, 4, 5], lr=0.1, arch="30"),
+        cell("dfa", [0.5, 0.5, 0.5], seeds=[3, 4, 5], lr=0.1, arch="30"),
+    ]
+    (found,) = comparing.compare(rows)
+    assert found.objective == comparing.Difference(pytest.approx(-0.3), None, seeds=0, settings=2)
+    assert found.wins == 2
+
+
+def test_an_execution_without_a_test_score_is_left_out_of_its_differences_only():
+    rows = [
+        cell("bp", [0.1, 0.2, 0.3], tests=[0.1, None, 0.3], lr=0.1, arch="20"),
+        cell("dfa", [0.2, 0.4, 0.6], tests=[0.3, 0.2, 0.7], lr=0.1, arch="20"),
+    ]
+    (found,) = comparing.compare(rows)
+    assert (found.objective.seeds, found.objective.interval is None) == (3, False)
+    assert found.test["error"] == comparing.Difference(pytest.approx(-0.3), None, seeds=2, settings=1)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_covers_where_many_settings_share_what_the_seeds_draw(seeds):
+    """Twenty fixed settings; a seed moves all of them together, ten times as far as each alone."""
+    drawn = random.Random(0)
+    fixed = [drawn.gauss(0, 0.02) for _ in range(20)]
+    truth = statistics.fmean(fixed)
+    covered = over_settings = 0
+    repeats = 400
+    for _ in range(repeats):
+        shared = [drawn.gauss(0, 0.1) for _ in range(seeds)]
+        rows = []
+        for number, effect in enumerate(fixed):
+            differences = [effect + of_seed + drawn.gauss(0, 0.01) for of_seed in shared]
+            rows += [cell("bp", differences, lr=0.1, arch=number), cell("dfa", [0.0] * seeds, lr=0.1, arch=number)]
+        (found,) = comparing.compare(rows)
+        low, high = found.objective.interval
+        covered += low <= truth <= high
+        low, high = comparing.t_interval([row.value for row in rows[::2]])
+        over_settings += low <= truth <= high
+    assert 0.92 < covered / repeats < 0.98
+    assert over_settings / repeats < 0.3
 
 
 def test_a_rule_whose_cells_all_diverged_has_lost_the_setting():
@@ -143,25 +209,42 @@ def test_a_rule_whose_cells_all_diverged_has_lost_the_setting():
     ]
     (found,) = comparing.compare(rows)
     assert (found.settings, found.wins, found.lost, found.left_out) == (3, 1, (1, 1), 4)
-    assert (found.objective.mean, found.objective.count) == (pytest.approx(0.1), 1)
+    assert found.objective == comparing.Difference(pytest.approx(0.1), None, seeds=1, settings=1)
     (lost,) = comparing.compare(rows[2:5])
     assert (lost.settings, lost.wins, lost.lost, lost.objective, lost.test) == (1, 1, (0, 1), None, {})
 
 
-def test_with_one_setting_the_interval_is_over_seeds():
-    rows = [cell("bp", [0.1, 0.2, 0.3], lr=0.1, arch="20"), cell("dfa", [0.2, 0.4, 0.6], lr=0.1, arch="20")]
-    (found,) = comparing.compare(rows)
-    # differences -0.1, -0.2, -0.3: std 0.1
-    half = 4.302652730 * 0.1 / math.sqrt(3)
-    assert (found.objective.count, found.objective.over) == (3, "seeds")
-    assert found.objective.interval == pytest.approx((-0.2 - half, -0.2 + half))
-
-
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_fewer_than_three_pairs_have_no_interval(seeds):
+def test_fewer_than_three_seeds_have_no_interval(seeds):
     rows = [cell("bp", [0.1, 0.1][:seeds], lr=0.1, arch="20"), cell("dfa", [0.2, 0.4][-seeds:], lr=0.1, arch="20")]
     (found,) = comparing.compare(rows)
-    assert found.objective == comparing.Difference(pytest.approx(-0.3 if seeds == 1 else -0.2), None, seeds, "seeds")
+    assert found.objective == comparing.Difference(pytest.approx(-0.3 if seeds == 1 else -0.2), None, seeds, settings=1)
+
+
+def test_pairs_say_over_which_seeds_and_settings_they_are(experiments):
+    def lines(seeds, **others):
+        rows = [
+            cell(rule, [value + 0.01 * seed for seed in seeds], seeds=seeds, lr=0.1, arch=arch, **others)
+            for arch in ("20", "30")
+            for rule, value in (("bp", 0.1), ("dfa", 0.2))
+        ]
+        section = text_sections.pairs(replace(block("x", open_experiment(experiments[0])), rows=rows))
+        return section, section.tables[0].lines
+
+    section, [line] = lines([0, 1, 2])
+    assert section.tables[0].head[2:5] == ["settings × seeds", "Δ loss", "95 % interval"]
+    assert line == ["bp − dfa", "2 of 2", "2 × 3", "−0.1000", "−0.1000 to −0.1000", "−10.00 pp", "−10.00 to −10.00"]
+    told = " ".join([*section.notes, section.tables[0].note])
+    for words in (
+        "its cell with the best objective, which was chosen on the same seeds that are compared here",
+        "the mean over seeds of each seed's mean over the settings where both rules have a complete cell",
+        "Student's t interval over these means of seeds",
+        "The seeds are a random sample; fixed are the settings, which are all of the grid's own",
+    ):
+        assert words in told
+    for seeds, few in (([0, 1], "2 seeds: too few for an interval"), ([4], "1 seed: too few for an interval")):
+        _, [line] = lines(seeds)
+        assert line[2:] == [f"2 × {len(seeds)}", "−0.1000", few, "−10.00 pp", few]
 
 
 def test_rules_without_a_common_setting_are_not_compared():

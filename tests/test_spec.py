@@ -58,7 +58,7 @@ def test_run_defaults():
 @pytest.mark.parametrize("objective", ["loss", "error", "val_loss", "val_error"])
 def test_dropout_is_searched_for_validation_objectives_only(objective):
     grid = build(GridSpec, {**GRID, "objective": objective, "lr": 0.01})
-    assert grid.dropout == ((0.1, 0.2, 0.3, 0.4, 0.5) if objective.startswith("val_") else (0.0,))
+    assert grid.dropout == ((0.0, 0.1, 0.2, 0.3, 0.4, 0.5) if objective.startswith("val_") else (0.0,))
     if objective.startswith("val_"):
         assert build(GridSpec, {**GRID, "objective": objective, "lr": 0.01, "dropout": "0"}).dropout == (0.0,)
 

@@ -10,7 +10,7 @@ import typer
 from bpf.errors import UsageError
 from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.fields import bounds, choices
-from bpf.spec.grid import TUNABLE
+from bpf.spec.grid import DROPOUTS, TUNABLE
 from bpf.spec.run import RunSpec, Settings
 
 PANELS = {
@@ -135,7 +135,7 @@ def _help(model: type[Settings], name: str) -> str:
     if limits:
         parts.append(f"[{limits}{', or all' if name == 'skew_type' and model is not RunSpec else ''}]")
     if name == "dropout" and model is not RunSpec:
-        parts.append("[default: 0; 0.1, 0.2, 0.3, 0.4, 0.5 with a val_* objective]")
+        parts.append(f"[default: 0; {_show(DROPOUTS)} with a val_* objective]")
     elif field.is_required():
         parts.append("[required]")
     elif field.default not in (None, ()) and name != "options":

@@ -89,7 +89,7 @@ def tune(
     check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
-    directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place)
+    directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place, data_dir)
     if taken is not None and not (quiet or as_json):
         tables.show_taken(taken)
     experiment = api.open_tune(directory, grid, data_dir, place)

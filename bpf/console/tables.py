@@ -15,6 +15,7 @@ from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
+    from bpf.experiment.further import Further
     from bpf.experiment.handover import Taken
     from bpf.results.summary import Ranking
 
@@ -55,8 +56,7 @@ def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
     out.print()
     title = "The winner of each rule on the test set"
     out.print(_table(title, ranking.winners, ranking.varying, objective, test=True))
-    executions = len(ranking.top[0].objective.values)
-    spread = f"mean ± std over {executions} executions" if executions > 1 else "one execution"
+    spread = _spread(ranking.top)
     others = [f"{counts[state]} {state}" for state in ("diverged", "failed") if counts[state]]
     say(f"{spread}; {counted(counts['complete'], 'cell')} complete{''.join(f', {o}' for o in others)}.")
     share = tracking_share({entry.row.key: entry.row for entry in (*ranking.top, *ranking.winners)}.values())
@@ -66,6 +66,16 @@ def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
         last = (ranking.failure.error or "").strip().splitlines()[-1]
         varying = {name: value for name, value in ranking.failure.chosen.items() if name in ranking.varying}
         say(f"first failure: {' '.join(filter(None, (ranking.failure.rule, describe(varying))))}: {last}")
+    _show_further(ranking.further)
+
+
+def _show_further(further: "Further") -> None:
+    if further.edges:
+        say("Winners at the edge of what was tried, so that better ones may lie beyond:")
+    for edge in further.edges:
+        say(f"  {edge}")
+    for what, command in further.commands.items():
+        say(f"{what}:\n  {command}")
 
 
 def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Collection[str], objective: str) -> None:
@@ -73,8 +83,14 @@ def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Colle
     if ranked:
         shown = {*names, *varying}
         out.print(_table(f"The best by {objective} per {', '.join(names)}", ranked, shown, objective, test=False))
+        say(f"{_spread(ranked)}.")
     else:
         say("No complete cell yet.")
+
+
+def _spread(ranked: Sequence[Ranked]) -> str:
+    executions = len(ranked[0].objective.values)
+    return f"mean ± std over {executions} executions" if executions > 1 else "one execution"
 
 
 def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:

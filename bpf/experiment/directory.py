@@ -175,7 +175,7 @@ class Experiment:
         if before.executions_per_trial != self.grid.executions_per_trial:
             raise UsageError(f"{grown} on their own, not together with executions_per_trial. Do one after the other.")
         complete = [row for row in study.rows() if row.state == "complete" and row.ran_to_the_end]
-        lost = [row for row in complete if not self._can_go_on(row)]
+        lost = [row for row in complete if not self.can_go_on(row)]
         if lost:
             raise UsageError(
                 f"{grown} where the checkpoints of finished cells were kept (--keep-checkpoints), and those of "
@@ -186,7 +186,7 @@ class Experiment:
         old = expand(before, self.rules()).cells
         return {cell.key: new[cell.rule, tuple(cell.params.items())] for cell in old}
 
-    def _can_go_on(self, row: Row) -> bool:
+    def can_go_on(self, row: Row) -> bool:
         """Whether one checkpoint holds the ends of all executions of a finished cell."""
         return row.cohort is not None and self.checkpoint(row.cohort).exists() and not row.added
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from bpf.errors import UsageError
+from bpf.experiment import commands
 from bpf.experiment.directory import Experiment, Place, open_experiment
-from bpf.experiment.grid import Holes, expand, run_fields, setup, setups, words
+from bpf.experiment.grid import Holes, expand, resolve_options, run_fields, setup, setups, words
+from bpf.experiment.phases import OBJECTIVES, phase_directory
 from bpf.experiment.plugins import load_rules
 from bpf.spec.fields import build
-from bpf.spec.grid import TUNABLE, GridSpec, Rate
+from bpf.spec.grid import GridSpec, Rate
 from bpf.spec.run import Settings
 from bpf.study.cells import OPEN, Row, Value
 from bpf.study.ranking import Spread, rank
 from bpf.words import counted
 
-OBJECTIVES = ("loss", "error")
-"""What learning rates are found with."""
 LISTED = 20
 """How many setups without a rate a message lists."""
 _ANOTHER_PROBLEM = ("dataset", "problem_type")
@@ -101,7 +101,9 @@ class Taken:
         """What was taken, what was not and why, for a person. Parameters that never vary are not named."""
         names = _varying(self.setups)
         count = len(self.handed)
-        yield f"{counted(count, 'learning rate')} from {self.source}:"
+        spread = " ± std" if any(one.objective and one.objective.std is not None for one in self.handed) else ""
+        over = f", each with its {self.objective} (mean{spread} over executions)" if count else ""
+        yield f"{counted(count, 'learning rate')} from {self.source}{over}:"
         for one in self.handed:
             assert one.objective is not None
             yield f"  {_named(one, names)} lr={one.lr:g} ({_scored(self.objective, one)})"
@@ -120,13 +122,18 @@ class Taken:
         }
 
 
-def begin(directory: Path, grid: GridSpec, lr_from: Path | None, place: Place) -> tuple[Path, GridSpec, Taken | None]:
+def begin(
+    directory: Path, grid: GridSpec, lr_from: Path | None, place: Place, data_dir: Path | None = None
+) -> tuple[Path, GridSpec, Taken | None]:
     """Where a grid search in `directory` goes, its grid, and what it took over if it is a second phase.
 
     Learning rates come from `lr_from` or else, if the grid has none, from the earlier phase that is found (see
-    `phase_directory`). `place` is that of the grid search; it may know the password of the earlier one's database.
+    `phases`). `place` is that of the grid search; it may know the password of the earlier one's database.
+    Raises UsageError if there are none and `data_dir`, where data sets lie, is known: it says which commands find them.
     """
     directory, earlier = phase_directory(directory, grid.objective)
+    if grid.awaits_rates and lr_from is None and earlier is None and data_dir is not None:
+        _offer_rates(directory, grid, place, data_dir)
     if lr_from is None and not (grid.awaits_rates and earlier):
         return directory, grid, None
     source = open_experiment(lr_from or earlier or directory, Place(place.storage, usual=True))
@@ -134,33 +141,25 @@ def begin(directory: Path, grid: GridSpec, lr_from: Path | None, place: Place) -
     return directory, taken.grid, taken
 
 
-def phase_directory(directory: Path, objective: str) -> tuple[Path, Path | None]:
-    """Where a grid search in `directory` goes, and the directory of the earlier phase that it can take rates from.
-
-    A `val_*` phase of an experiment of `loss` or `error` lies in `DIRECTORY/OBJECTIVE`. Elsewhere it takes the rates of
-    the experiment beside it of the same name but for the objective, such as `runs/digits-dfa-loss` for
-    `runs/digits-dfa-val_loss`. Raises UsageError if there is an experiment that cannot be read.
-    """
-    if not objective.startswith("val_"):
-        return directory, None
-    if _finds_rates(directory):
-        return directory / objective, directory
-    if directory.name == objective and _finds_rates(directory.parent):
-        return directory, directory.parent
-    stem = directory.name.removesuffix(f"-{objective}")
-    if stem != directory.name:
-        same = objective.removeprefix("val_")
-        for earlier in sorted(OBJECTIVES, key=lambda name: name != same):
-            if _finds_rates(beside := directory.with_name(f"{stem}-{earlier}")):
-                return directory, beside
-    return directory, None
-
-
-def _finds_rates(directory: Path) -> bool:
-    if not (directory / "experiment.yaml").exists():
-        return False
-    experiment = open_experiment(directory)
-    return experiment.kind == "tune" and experiment.grid.objective in OBJECTIVES
+def _offer_rates(directory: Path, grid: GridSpec, place: Place, data_dir: Path) -> None:
+    """Raise UsageError with the two ways to a learning rate. Other mistakes in the request are told first."""
+    asked = commands.fields(grid)  # has the rates that a grid tries if none are given
+    resolve_options(grid.model_copy(update={"lr": grid.lr}), load_rules(grid.algorithm))
+    stem = directory.name.removesuffix(f"-{grid.objective}")
+    first = commands.beside(directory.with_name(stem) if stem else directory, "loss")
+    with_first = {name: value for name, value in asked.items() if name != "lr"}
+    ways = [
+        commands.tune(directory, asked, data_dir, place),
+        commands.tune(first, asked | {"objective": "loss", "dropout": [0.0]}, data_dir, replace(place, name=None)),
+        commands.tune(directory, with_first, data_dir, place, lr_from=first),
+    ]
+    if all(ways):
+        raise UsageError(
+            f"objective {grid.objective} without lr. Tune the learning rate on the held-out examples too:\n"
+            f"  {ways[0]}\n"
+            "or find that of each setup by training loss first, without dropout, and take it over:\n"
+            f"  {ways[1]}\n  {ways[2]}"
+        )
 
 
 def rates(experiment: Experiment) -> list[Handed]:
@@ -246,18 +245,17 @@ def _commands(source: Experiment, missing: Sequence[Handed]) -> Iterator[str]:
     absent = [one for one in missing if not one.states]
     diverged = any(set(one.states) == {"diverged"} for one in missing)
     if absent or diverged:
-        fields = _settings(source.grid, absent)
+        fields = _grown(source.grid, absent)
         if diverged:
             fields["lr"].append(min(fields["lr"]) / 10)
-        data = [] if source.data_dir == Path("data").resolve() else ["--data-dir", str(source.data_dir)]
-        yield shlex.join(["bpf", "tune", str(source.directory), *_options(fields), *data])
+        if command := commands.extend(source, fields):
+            yield command
 
 
-def _settings(grid: GridSpec, absent: Sequence[Handed]) -> dict[str, Any]:
-    """The settings of a grid that are not defaults, with lists that grow by setups that it lacks."""
-    fields = {name: value for name, value in grid if name not in ("lr_from", "options")}
-    fields |= {name: list(fields[name]) for name in TUNABLE}
-    options = {rule: {name: list(values) for name, values in given.items()} for rule, given in grid.options.items()}
+def _grown(grid: GridSpec, absent: Sequence[Handed]) -> dict[str, Any]:
+    """The settings of a grid with lists that grow by setups that it lacks."""
+    fields = commands.fields(grid)
+    options = fields["options"]
     for one in absent:
         wanted = run_fields(one.rule, one.params) | {"algorithm": one.rule}
         of_rule = options.setdefault(one.rule, {})
@@ -265,37 +263,7 @@ def _settings(grid: GridSpec, absent: Sequence[Handed]) -> dict[str, Any]:
         for values, value in [*lists, *((fields[name], value) for name, value in wanted.items())]:
             if value not in values:
                 values.append(value)
-    told = {
-        name: value
-        for name, value in fields.items()
-        if name in ("objective", "lr")
-        or (tuple(value) if isinstance(value, list) else value) != GridSpec.model_fields[name].default
-    }
-    return told | {"options": options}
-
-
-def _options(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Settings as the words of a command line."""
-    for name, value in fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "options":
-            for rule, options in value.items():
-                for option, values in options.items():
-                    yield from ("--option", f"{rule}.{option}={_joined(values)}")
-        elif name == "batch_norm":  # both is the default
-            yield from _flag(name, value[0]) if len(value) == 1 else ()
-        elif isinstance(value, bool):
-            yield from _flag(name, value)
-        else:
-            yield from (flag, _joined(value) if isinstance(value, tuple | list) else str(value))
-
-
-def _flag(name: str, value: bool) -> Iterator[str]:
-    yield f"--{'' if value else 'no-'}{name.replace('_', '-')}"
-
-
-def _joined(values: Sequence[Any]) -> str:
-    return ",".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+    return fields
 
 
 def _differences(there: GridSpec, here: GridSpec) -> Iterator[str]:

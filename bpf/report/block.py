@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bpf.experiment.directory import Experiment
+from bpf.experiment.further import Further, further
 from bpf.report import drawing, tables
 from bpf.report.drawing import Palette
 from bpf.study.cells import Row
@@ -65,7 +66,8 @@ class Section:
 class Block:
     """What a report knows of one experiment; `histories` are those of each rule's best cell.
 
-    `shown` are the parameters that a table names, `maps` the pairs of them that were asked for as heat maps.
+    `shown` are the parameters that a table names, `maps` the pairs of them that were asked for as heat maps; `further`
+    says which best cells lie at an edge of the grid.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Block:
     histories: dict[str, list[dict[str, Any]]]
     palette: Palette
     shown: frozenset[str]
+    further: Further
     maps: Sequence[tuple[str, str]] = ()
 
     @property
@@ -118,7 +121,8 @@ def block(
         ranked = rank(rows)
         best = winners(ranked)
         keys = {one.row.rule: one.row.key for one in best}
+        beyond = further(experiment, study, best)
         order = [rule for rule in tables.rules_of(rows) if rule in keys]
         histories = {rule: study.history(keys[rule]) or [] for rule in order}
     palette = palette or Palette(tables.rules_of(rows))
-    return Block(name, experiment, rows, ranked, best, histories, palette, shown, maps)
+    return Block(name, experiment, rows, ranked, best, histories, palette, shown, beyond, maps)

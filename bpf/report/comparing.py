@@ -1,4 +1,8 @@
-"""Rule against rule at equal settings: paired differences and the confidence intervals of their means."""
+"""Rule against rule at equal settings: paired differences and the confidence intervals of their means.
+
+The settings are those of the grid, all of them, and fixed; the seeds are a random sample. Differences of the same seed
+at several settings are not independent, as they share what the seed draws, so they are one observation: their mean.
+"""
 
 import itertools
 import math
@@ -13,7 +17,7 @@ from bpf.study.cells import Row, Value
 
 CONFIDENCE = 0.95
 ENOUGH = 3
-"""Of fewer pairs Student's interval says nothing: of two it is 13 times as wide as their distance."""
+"""Of fewer seeds Student's interval says nothing: of two it is 13 times as wide as their distance."""
 
 Score = Callable[[Mapping[str, Any]], float | None]
 """A score of an execution, None where it has none."""
@@ -21,15 +25,17 @@ Score = Callable[[Mapping[str, Any]], float | None]
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences and its confidence interval, None for fewer pairs than `ENOUGH`.
+    """The mean over seeds of the mean difference over settings, and its confidence interval over seeds.
 
-    `count` pairs of `over`: settings (each a mean over seeds), or the seeds of the only setting.
+    `settings` counts those where both rules have the score; `seeds` those that all of these settings have in the cells
+    of both rules. The interval is None for fewer seeds than `ENOUGH`. Without a common seed the mean is that over
+    settings of their means.
     """
 
     mean: float
     interval: tuple[float, float] | None
-    count: int
-    over: str
+    seeds: int
+    settings: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
 
     A setting is a value of each parameter that both rules have, but for the learning rate. Within it a rule is
     represented by its complete cell with the best objective, over learning rates and what only this rule has. The
-    differences of a setting are paired by seed, and averaged over the seeds that both cells have.
+    differences of a setting are paired by seed; `wins` counts those whose mean over their seeds is for the first rule.
 
     A rule that has cells at a setting, all of them diverged, has lost it to one with a complete cell there. Settings
     where both diverged, or one has no cell, or none that is complete and some that failed or are not finished, are
@@ -86,7 +92,7 @@ def _compare(first: str, mine: list[Row], second: str, theirs: list[Row]) -> Com
         first,
         second,
         decided,
-        wins=sum(statistics.fmean(values) < 0 for values in objectives) + lost_second,
+        wins=sum(statistics.fmean(by_seed.values()) < 0 for by_seed in objectives) + lost_second,
         lost=(lost_first, lost_second),
         left_out=len(settings) - decided,
         objective=_difference(objectives) if objectives else None,
@@ -109,19 +115,20 @@ def _diverged(rows: Sequence[Row]) -> bool:
     return bool(rows) and all(row.state == "diverged" for row in rows)
 
 
-def _paired(first: Row, second: Row, score: Score) -> list[float]:
-    """Differences of the executions with the same seed, where both have the score."""
+def _paired(first: Row, second: Row, score: Score) -> dict[int, float]:
+    """Differences of the executions with the same seed, by seed, where both have the score."""
     mine, theirs = ({run["seed"]: score(run) for run in executions(row)} for row in (first, second))
-    both = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
-    return [a - b for a, b in both if a is not None and b is not None]
+    both = {seed: (mine[seed], theirs[seed]) for seed in mine if seed in theirs}
+    return {seed: a - b for seed, (a, b) in both.items() if a is not None and b is not None}
 
 
-def _difference(by_setting: list[list[float]]) -> Difference:
-    if len(by_setting) == 1:
-        values, over = by_setting[0], "seeds"
-    else:
-        values, over = [statistics.fmean(setting) for setting in by_setting], "settings"
-    return Difference(statistics.fmean(values), t_interval(values), len(values), over)
+def _difference(by_setting: Sequence[Mapping[int, float]]) -> Difference:
+    common = [seed for seed in by_setting[0] if all(seed in by_seed for by_seed in by_setting)]
+    if not common:
+        mean = statistics.fmean(statistics.fmean(by_seed.values()) for by_seed in by_setting)
+        return Difference(mean, None, 0, len(by_setting))
+    means = [statistics.fmean(by_seed[seed] for by_seed in by_setting) for seed in common]
+    return Difference(statistics.fmean(means), t_interval(means), len(common), len(by_setting))
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:

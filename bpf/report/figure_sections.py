@@ -41,7 +41,7 @@ def _bands(series: Mapping[str, Sequence[tables.Series]]) -> dict[str, tables.Ba
 def _spread(bands: Mapping[str, tables.Band]) -> str:
     if all(band.std is None for band in bands.values()):
         return ", one execution"
-    return "; bands are mean ± standard deviation over executions"
+    return "; bands are mean ± standard deviation over its executions"
 
 
 def learning_rates(block: Block) -> Section | None:

@@ -51,7 +51,9 @@ def ranking(block: Block) -> Section:
     if not block.ranked:
         return Section("ranking", "Ranking", ["No cell is complete yet, so there is nothing to rank."])
     executions = len(block.best[0].objective.values)
-    spread = "Mean ± standard deviation over executions" if executions > 1 else "One execution: no spread"
+    spread = "One execution: no spread"
+    if executions > 1:
+        spread = "Mean ± standard deviation over the executions of a cell, which differ in their seed"
     note = f"{spread}. Ranked by {block.objective} alone; test scores are those of the objective's best epoch."
     found = [_ranked(block, block.best, "The best cell of each rule.")]
     if len(block.ranked) > len(block.best):
@@ -60,7 +62,9 @@ def ranking(block: Block) -> Section:
         if len(block.ranked) > TOP:
             of = f"The best {TOP} of {len(block.ranked)} complete cells; bpf export has all of them."
         found.append(_ranked(block, top, of))
-    return Section("ranking", "Ranking", [note], found)
+    beyond = "At the edge of what was tried, so that better ones may lie beyond:"
+    edges = [f"{beyond} {edge}." for edge in block.further.edges]
+    return Section("ranking", "Ranking", [note, *edges], found, codes=block.further.commands)
 
 
 def _ranked(block: Block, ranked: Sequence[Ranked], note: str) -> Table:
@@ -87,30 +91,35 @@ def pairs(block: Block) -> Section | None:
     test = block.test_score
     head = ["first − second", "first is better"]
     head += ["diverged"] * lost + ["left out"] * left_out
-    head += ["Δ " + block.objective, "95 % interval", f"Δ test {test}", "95 % interval"]
+    head += ["settings × seeds", "Δ " + block.objective, "95 % interval", f"Δ test {test}", "95 % interval"]
     lines = []
     for one in found:
         counts = [f"{one.wins} of {one.settings}"]
         counts += [f"{one.lost[0]} / {one.lost[1]}"] * lost + [str(one.left_out)] * left_out
-        scores = [one.objective, one.test.get(test)]
-        shown = [text for name, s in zip((block.objective, test), scores, strict=True) for text in _difference(name, s)]
-        lines.append([f"{one.first} − {one.second}", *counts, *shown])
+        shown = [*_difference(block.objective, one.objective), *_difference(test, one.test.get(test))]
+        lines.append([f"{one.first} − {one.second}", *counts, _size_of(one.objective), *shown])
     how = (
         "A setting fixes every parameter that both rules have, except the learning rate. In it each rule is "
-        "represented by its cell with the best objective, and differences are paired by seed."
+        "represented by its cell with the best objective, which was chosen on the same seeds that are compared here, "
+        "and differences are paired by seed."
     )
-    note = "Δ: mean paired difference over the settings where both rules have a complete cell; negative: the first "
-    note += "rule is better. 95 %: Student's t interval of it, not corrected for the number of pairs"
-    if any(one.objective and one.objective.over == "seeds" for one in found):
-        note += "; over seeds where there is one setting."
-    else:
-        note += "."
+    note = (
+        "Δ: the difference between the two, as the mean over seeds of each seed's mean over the settings where both "
+        "rules have a complete cell; negative: the first rule is better. 95 %: Student's t interval over these means "
+        "of seeds. The seeds are a random sample; fixed are the settings, which are all of the grid's own, the data "
+        "split, and the cells that stand for the rules: nothing is said of other settings. Not corrected for the "
+        "number of pairs. First is better: in so many settings, by their mean over seeds."
+    )
     if lost:
         note += " Diverged: settings that the first / the second rule lost, as all its cells there diverged; they "
         note += "count in “first is better”, and not in Δ."
     if left_out:
         note += " Left out: settings where a rule has no cell, or none that is complete."
     return Section("pairs", title, [how], [Table(head, lines, note)])
+
+
+def _size_of(difference: comparing.Difference | None) -> str:
+    return f"{difference.settings} × {difference.seeds}" if difference else "–"
 
 
 def _difference(name: str, difference: comparing.Difference | None) -> tuple[str, str]:
@@ -121,7 +130,8 @@ def _difference(name: str, difference: comparing.Difference | None) -> tuple[str
     unit = " pp" if name.endswith("error") else ""
     mean = f"{difference.mean * scale:{digits}}{unit}".replace("-", "−")
     if difference.interval is None:
-        return mean, "too few pairs"
+        few = f"{counted(difference.seeds, 'seed')}: too few for an interval"
+        return mean, few if difference.seeds else "no common seed"
     low, high = (f"{end * scale:{digits}}".replace("-", "−") for end in difference.interval)
     return mean, f"{low} to {high}"
 
@@ -236,7 +246,10 @@ def across(blocks: Sequence[Block]) -> Section:
     head = ["rule"]
     for one in blocks:
         head += [f"{one.experiment.name}: {one.objective}", f"{one.experiment.name}: test {one.test_score}"]
-    note = "Each rule's best cell by the objective of its own experiment. Compare columns only where settings agree."
+    note = (
+        "Each rule's best cell by the objective of its own experiment, ± standard deviation over its executions. "
+        "Compare columns only where settings agree."
+    )
     return Section("across", "The experiments side by side", tables=[Table(head, lines, note)])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bpf.errors import RunError
 from bpf.experiment.directory import Experiment
+from bpf.experiment.further import Further, further
 from bpf.experiment.grid import MAX_CELLS
 from bpf.study.cells import OPEN, STATES, Row
 from bpf.study.ranking import Ranked, rank, winners
@@ -86,7 +87,7 @@ def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:
 @dataclass(frozen=True)
 class Ranking:
     """The `top` cells, the best one of each rule (`winners`), both best first; how many cells are in each state; the
-    parameters with more than one value; and the first cell that failed.
+    parameters with more than one value; the first cell that failed; and where to look further.
     """
 
     top: list[Ranked]
@@ -94,6 +95,7 @@ class Ranking:
     counts: dict[str, int]
     varying: frozenset[str]
     failure: Row | None
+    further: Further
 
 
 def ranking(experiment: Experiment, top: int) -> Ranking:
@@ -103,7 +105,9 @@ def ranking(experiment: Experiment, top: int) -> Ranking:
         rules = study.rules()
         leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
         failed = study.rows(state="failed")[:1] if counts["failed"] else []
-        return Ranking(leaders[:top], winners(leaders), counts, study.varying(), failed[0] if failed else None)
+        best = winners(leaders)
+        beyond = further(experiment, study, best)
+        return Ranking(leaders[:top], best, counts, study.varying(), failed[0] if failed else None, beyond)
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:

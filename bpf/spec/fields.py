@@ -3,6 +3,7 @@
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -57,21 +58,33 @@ def _literals(annotation: Any) -> tuple[str, ...]:
     return ()
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The least and the largest number that a field takes, None if there is none; one may be excluded itself."""
+
+    low: float | None = None
+    high: float | None = None
+    low_excluded: bool = False
+    high_excluded: bool = False
+
+
+def limits(model: type[BaseModel], field: str) -> Limits:
+    """The allowed range of a numeric field."""
+    found: dict[str, Any] = {}
+    for item in _constraints(model.model_fields[field]):
+        for name, end in (("ge", "low"), ("gt", "low"), ("le", "high"), ("lt", "high")):
+            if (value := getattr(item, name, None)) is not None:
+                found |= {end: value, f"{end}_excluded": name in ("gt", "lt")}
+    return Limits(**found)
+
+
 def bounds(model: type[BaseModel], field: str) -> str:
     """The allowed range of a numeric field in words, such as `0 to 1` or `above 0 to 10`, or nothing."""
-    low = high = ""
-    for item in _constraints(model.model_fields[field]):
-        if getattr(item, "ge", None) is not None:
-            low = f"{item.ge}"
-        if getattr(item, "gt", None) is not None:
-            low = f"above {item.gt}"
-        if getattr(item, "le", None) is not None:
-            high = f"{item.le}"
-        if getattr(item, "lt", None) is not None:
-            high = f"below {item.lt}"
-    if low and high:
-        return f"{low} to {high}"
-    return f"{low} or more" if low else ""
+    found = limits(model, field)
+    if found.low is None:
+        return ""
+    low = f"{'above ' if found.low_excluded else ''}{found.low}"
+    return f"{low} or more" if found.high is None else f"{low} to {'below ' if found.high_excluded else ''}{found.high}"
 
 
 def _constraints(part: Any) -> Iterator[Any]:

@@ -50,6 +50,8 @@ class Rate(Frozen):
 
 REGULARISATION = ("dropout", "weight_decay")
 """What the objectives on held-out examples tune, with the learning rate of an earlier phase."""
+DROPOUTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""What these objectives try if nothing is said; none is the control."""
 
 
 def _rates(value: Any) -> Any:
@@ -96,7 +98,7 @@ class GridSpec(Settings):
     @classmethod
     def _default_dropout(cls, values: Any) -> Any:
         if isinstance(values, dict) and str(values.get("objective", "")).startswith("val_"):
-            return {"dropout": (0.1, 0.2, 0.3, 0.4, 0.5), **values}
+            return {"dropout": DROPOUTS, **values}
         return values
 
     @model_validator(mode="after")
