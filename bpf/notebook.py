@@ -24,6 +24,7 @@ from bpf.results import exporting, summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
+from bpf.study.ranking import as_json
 from bpf.words import counted
 from bpf.workers import processes
 
@@ -70,7 +71,7 @@ class Opened:
 
     def best(self, top: int = 10) -> list[dict[str, Any]]:
         """The best cells, as `bpf best --json` tells them."""
-        return [entry.as_json(self.experiment.grid.objective) for entry in summary.best(self.experiment, top)]
+        return as_json(summary.best(self.experiment, top), self.experiment.grid.objective)
 
     def best_model(self, rule: str) -> Path | None:
         """The file of a rule's best network, for `bpf.load`; None if nothing of it is complete yet.

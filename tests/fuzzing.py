@@ -591,8 +591,9 @@ def images(draw: random.Random, work: Path, made: Made) -> Case:
         spoil_bytes(draw, path)
     elif how == 1:
         path.unlink()
-        path.symlink_to(draw.choice([path, work / "nothing", work / "outside"]))
-        refused = not path.is_dir()
+        target = draw.choice([path, work / "nothing", work / "outside"])
+        path.symlink_to(target)
+        refused = target.name != "outside"  # a folder is no image, whatever it is called
     elif how == 2:
         path.parent.rename(
             path.parent.with_name(draw.choice([CONTROL.replace("\0", ""), "x" * 200, "[red]", ":bug:", "a\nb"]))

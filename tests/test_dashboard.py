@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,33 @@ def fetched(address: str, path: str) -> Any:
         return json.load(answer)
 
 
+def check_strangers(address: str, study: int) -> None:
+    """Requests from pages of others delete nothing; those of the page itself, also through a tunnel, are answered."""
+    host = address.removeprefix("http://").removesuffix("/dashboard")
+    port = host.rpartition(":")[2]
+    strangers: list[dict[str, str]] = [
+        {"Host": f"evil.example:{port}"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": f"192.168.0.1:{port}"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": f"https://{host}"},
+        {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+    ]
+    for headers in strangers:
+        for method, path in (("DELETE", f"/api/studies/{study}"), ("GET", "/api/studies")):
+            asked = urllib.request.Request(address.replace("/dashboard", path), headers=headers, method=method)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(asked)
+            assert refused.value.code == 403
+            refused.value.close()
+    for headers in ({"Host": "localhost:9999"}, {"Host": "[::1]"}, {"Origin": f"http://{host}"}):
+        asked = urllib.request.Request(address.replace("/dashboard", "/api/studies"), headers=headers)
+        with urllib.request.urlopen(asked) as answer:
+            assert len(json.load(answer)["study_summaries"]) == 2
+
+
 def check(experiment: Experiment) -> str:
     """Look at the dashboard, interrupt it, and return what it has said meanwhile."""
     with served(experiment) as (process, address):
@@ -76,6 +104,7 @@ def check(experiment: Experiment) -> str:
         assert lrs == ["0.1", "0.2"]
         with urllib.request.urlopen(address) as page:
             assert b"<title>" in page.read()
+        check_strangers(address, studies[0]["study_id"])
         command = Path(f"/proc/{process.pid}/cmdline")
         assert not command.exists() or b"postgresql" not in command.read_bytes()
         process.send_signal(signal.SIGINT)

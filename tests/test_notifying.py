@@ -168,8 +168,6 @@ REFUSED = {
     "hooks.slack.com/services/s3cret": NOT_FOUND,
     "no-such-program s3cret": NOT_FOUND,
     "./no-such-program": NOT_FOUND,
-    "": f"'' {NEITHER}",
-    " \t": f"'' {NEITHER}",
     "ftp://x/s3cret": f"ftp://... {NEITHER}",
     "mailto:s3cret@example.org": f"mailto:... {NEITHER}",
     "https:example.org/s3cret": f"https:... {NEITHER}",

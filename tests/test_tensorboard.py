@@ -10,6 +10,7 @@ import sys
 import textwrap
 import urllib.request
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bpf.experiment.places import model_path
 from bpf.results import models, summary, tensorboard
 from bpf.spec.run import RunSpec
 from bpf.study.cells import Row
+from bpf.words import describe
 from invented import finished, planned, record
 from waiting import SECONDS, eventually
 
@@ -47,11 +49,16 @@ def read(directory: Path) -> Any:
     return multiplexer
 
 
-def run_of(experiment: Experiment, directory: Path) -> Any:
-    """The only trial of an experiment, as TensorBoard reads it."""
+def named(experiment: Experiment, row: Row) -> str:
+    """A cell's run, as TensorBoard calls it."""
+    return f"{row.rule}/{tensorboard.run_name(row, summary.varying(experiment))}"
+
+
+def run_of(experiment: Experiment, directory: Path, per: str = "cell") -> Any:
+    """The only cell of an experiment, as TensorBoard reads it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert tensorboard.write(experiment, directory) == 1
+    assert tensorboard.write(experiment, directory, per) == 1
     (path,) = directory.glob("*/*")
     accumulator = EventAccumulator(str(path), size_guidance={"histograms": 0})  # else it keeps one of them
     accumulator.Reload()
@@ -77,9 +84,10 @@ def test_a_hundred_runs_of_two_experiments_are_read_side_by_side(tmp_path: Path)
         for name in ("one", "two")
     ]
     logs = tmp_path / "logs"
-    assert [tensorboard.write(experiment, logs) for experiment in made] == [50, 50]
+    assert [tensorboard.write(experiment, logs, "execution") for experiment in made] == [50, 50]
     multiplexer = read(logs)
-    expected = {f"{row.rule}/{row.name}": row for experiment in made for row in rows(experiment)}
+    found = [row for experiment in made for row in rows(experiment)]
+    expected = {f"{row.rule}/lr={row.params['lr']:g} {row.name}": row for row in found}
     assert len(expected) == 100
     assert set(multiplexer.Runs()) == {".", *expected}
     for run, row in expected.items():
@@ -92,6 +100,49 @@ def test_a_hundred_runs_of_two_experiments_are_read_side_by_side(tmp_path: Path)
         assert curve(multiplexer.Scalars(run, "objective")) == [(3, row.value)]
         assert curve(multiplexer.Scalars(run, "test/loss")) == [(3, 2 * start + 2.5)]
         assert curve(multiplexer.Scalars(run, "test/error")) == [(3, 0.25)]
+
+
+def test_runs_say_what_they_are(tmp_path: Path) -> None:
+    experiment = finished(tmp_path / "mine", invent, arch=["8", "8-4"], lr=LRS[:2], batch_norm=[False, True])
+    tensorboard.write(experiment, tmp_path / "logs")
+    runs = set(read(tmp_path / "logs").Runs()) - {"."}
+    told = [{name: row.params[name] for name in ("arch", "batch_norm", "lr")} for row in rows(experiment)]
+    assert runs == {f"dfa/{describe(one)} {row.name}" for one, row in zip(told, rows(experiment), strict=True)}
+    assert f"dfa/arch=8 bn=no lr={LRS[0]:g} {rows(experiment)[0].name}" in runs
+    row = rows(experiment)[0]
+    long = replace(row, params={"arch": "-".join(["1000"] * 90), "x/../y": "\x1b"}, name="brave-otter-417")
+    name = tensorboard.run_name(long, ["arch", "x/../y"])
+    assert (len(name), name.endswith(" brave-otter-417")) == (tensorboard.LONGEST, True)
+    assert "/" not in tensorboard.run_name(long, ["x/../y"])
+    assert "\x1b" not in tensorboard.run_name(long, ["x/../y"])
+
+
+def test_executions_have_curves_of_their_own_if_asked_for(tmp_path: Path) -> None:
+    experiment = finished(tmp_path / "mine", invent, executions_per_trial=2)
+    for per, seeds in (("cell", set()), ("execution", {"loss/seed 0", "loss/seed 1"}), ("cell", set())):
+        tensorboard.write(experiment, tmp_path / "logs", per)
+        multiplexer = read(tmp_path / "logs")
+        (run,) = set(multiplexer.Runs()) - {"."}
+        tags = set(multiplexer.Runs()[run]["scalars"])
+        assert {tag for tag in tags if tag.startswith("loss/")} == {"loss/mean", *seeds}
+    with pytest.raises(UsageError, match="no curve per 'seed': give cell or execution"):
+        tensorboard.write(experiment, tmp_path / "logs", "seed")
+
+
+def test_what_had_another_name_does_not_stay_beside_it(tmp_path: Path) -> None:
+    """As before a grid grew, or as an older bpf called it; what somebody else has put there does."""
+    experiment = finished(tmp_path / "mine", invent, lr=LRS[:2])
+    logs, (row, other) = tmp_path / "logs", rows(experiment)
+    older, with_notes = logs / "dfa" / row.name, logs / "dfa" / f"bn=no {other.name}"
+    foreign = [logs / "dfa" / f"x{row.name}" / tensorboard.FILE, with_notes / "notes.txt", logs / "dfa/mine/events.out"]
+    for path in (older / tensorboard.FILE, with_notes / tensorboard.FILE, *foreign):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("older")
+    (logs / "dfa" / f"lr=9 {row.name}").symlink_to(foreign[0].parent)
+    tensorboard.write(experiment, logs)
+    assert not older.exists()
+    assert not (with_notes / tensorboard.FILE).exists()
+    assert all(path.read_text() == "older" for path in foreign)
 
 
 def test_writing_again_replaces(tmp_path: Path) -> None:
@@ -115,7 +166,7 @@ def test_the_mean_ends_with_the_first_execution_that_does(tmp_path: Path) -> Non
     def diverging(row: Row, number: int) -> dict[str, Any]:
         return record(number, [4.0, 3.0, 2.0] if number == 0 else [2.0, None])
 
-    run = run_of(finished(tmp_path / "mine", diverging, executions_per_trial=2), tmp_path / "logs")
+    run = run_of(finished(tmp_path / "mine", diverging, executions_per_trial=2), tmp_path / "logs", "execution")
     assert curve(run.Scalars("loss/seed 0")) == [(1, 4.0), (2, 3.0), (3, 2.0)]
     assert curve(run.Scalars("loss/seed 1")) == [(1, 2.0)]
     assert curve(run.Scalars("loss/mean")) == [(1, 3.0)]
@@ -152,9 +203,7 @@ def test_deciles_become_histograms(tmp_path: Path) -> None:
     assert told.bucket_limit == [2.0 * at + 0.5 for at in range(1, 11)]  # the mean of the two executions
     assert told.bucket == 10 * [10.0]
     assert told.sum == pytest.approx(100 * 10.5)
-    assert {tag for tag in run.Tags()["scalars"] if tag.startswith("act")} == {
-        f"activations/layer.0.std/{end}" for end in ("mean", "seed 0", "seed 1")
-    }
+    assert {tag for tag in run.Tags()["scalars"] if tag.startswith("act")} == {"activations/layer.0.std/mean"}
 
 
 def test_the_weights_of_the_best_network_become_histograms(tmp_path: Path) -> None:
@@ -167,14 +216,14 @@ def test_the_weights_of_the_best_network_become_histograms(tmp_path: Path) -> No
         models.save(path, network, RunSpec.model_validate(row.spec), (1, 8, 8), list("0123456789"))
     tensorboard.write(experiment, tmp_path / "logs")
     multiplexer = read(tmp_path / "logs")
-    assert multiplexer.Runs()[f"dfa/{other.name}"]["histograms"] == []
-    (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/weight.0")
+    assert multiplexer.Runs()[named(experiment, other)]["histograms"] == []
+    (event,) = multiplexer.Histograms(named(experiment, best), "network/weight.0")
     told = event.histogram_value
     assert (event.step, told.min, told.max, told.num, len(told.bucket)) == (3, -1.0, 3.0, 512, 50)
     assert sum(told.bucket) == 512
-    (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/bias.0")
+    (event,) = multiplexer.Histograms(named(experiment, best), "network/bias.0")
     assert event.histogram_value.num == 8
-    (event,) = multiplexer.Histograms(f"dfa/{best.name}", "network/bias.1")
+    (event,) = multiplexer.Histograms(named(experiment, best), "network/bias.1")
     assert event.histogram_value.num == 9
     path = model_path(experiment.files / "models", best.rule, best.key)
     path.write_bytes(path.read_bytes()[:-1])
@@ -225,16 +274,21 @@ def test_parameters_are_there_with_what_came_out(tmp_path: Path) -> None:
     }
     assert [metric.name.tag for metric in grid.metric_infos] == ["objective", "test/loss", "test/error"]
     row = rows(experiment)[-1]
-    start = metadata.parse_session_start_info_plugin_data(content(f"dfa/{row.name}", metadata.SESSION_START_INFO_TAG))
+    start = metadata.parse_session_start_info_plugin_data(
+        content(named(experiment, row), metadata.SESSION_START_INFO_TAG)
+    )
     assert start.group_name == row.name
     assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()} == {
         "algorithm": "dfa",
         **row.params,
     }
     bp = rows(experiment)[0]
-    start = metadata.parse_session_start_info_plugin_data(content(f"bp/{bp.name}", metadata.SESSION_START_INFO_TAG))
+    start = metadata.parse_session_start_info_plugin_data(
+        content(named(experiment, bp), metadata.SESSION_START_INFO_TAG)
+    )
     assert "bw_init" not in start.hparams  # which it has not
-    end = metadata.parse_session_end_info_plugin_data(content(f"dfa/{row.name}", metadata.SESSION_END_INFO_TAG))
+    ended = content(named(experiment, row), metadata.SESSION_END_INFO_TAG)
+    end = metadata.parse_session_end_info_plugin_data(ended)
     assert (end.status, end.end_time_secs - start.start_time_secs) == (1, pytest.approx(1.5))
 
 
@@ -309,7 +363,7 @@ def test_tensorboard_serves_several_experiments_until_it_is_interrupted(tmp_path
         served = next((line for line in process.stderr if " at http://" in line), "")
         assert f" at http://127.0.0.1:{port}/ " in served
         url = f"http://127.0.0.1:{port}/data"
-        expected = {f"{name}/{row.rule}/{row.name}" for name, one in made.items() for row in rows(one)} | {"."}
+        expected = {f"{name}/{named(one, row)}" for name, one in made.items() for row in rows(one)} | {"."}
         # TensorBoard loads while it serves
         eventually(lambda: set(json.load(urllib.request.urlopen(f"{url}/runs"))) == expected)
         asked = urllib.request.Request(

@@ -267,13 +267,31 @@ def test_the_best_per_parameter(directory: Path, told: Callable[..., str]) -> No
     expected = [[entry.row.rule, entry.row.params["lr"], entry.row.value] for entry in cells]
     table = pandas.read_csv(io.StringIO(told("best", directory, "--per", "lr", "--csv")))
     assert table[["algorithm", "lr", "objective"]].to_numpy().tolist() == expected
-    assert len(json.loads(told("best", directory, "--per", "arch", "--json"))) == 2
+    best, per = (json.loads(told("best", directory, *more, "--json")) for more in ((), ("--per", "arch")))
+    assert (len(best), len(per)) == (4, 2)
+    assert all(list(one) == list(best[0]) for one in (*best, *per))
+    assert [(one["rank"], one["key"]) for one in best] == [(n, entry.row.key) for n, entry in enumerate(cells, 1)]
+    header = told("best", directory, "--csv").splitlines()[0]
+    assert header.split(",")[:3] == ["rank", "algorithm", "arch"]
+    assert sorted(header.split(",")) == sorted(
+        told("best", directory, "--per", "lr", "--csv").splitlines()[0].split(",")
+    )
     assert "The best by loss per arch" in told("best", directory, "--per", "arch")
     assert told("best", directory, "--per", "archs", code=2) == (
         "Error: 'archs' is no parameter of this grid. Did you mean 'arch'?\n"
     )
-    assert told("best", directory, "--csv", code=2) == (
-        "Error: --csv is for --per; all cells are exported by `bpf export`.\n"
+    assert told("best", directory, "--csv", "--json", code=2) == "Error: Give --csv or --json, not both.\n"
+
+
+def test_the_best_of_some_rules(directory: Path, told: Callable[..., str]) -> None:
+    for given in (["--algorithm", "dfa"], ["--algorithm", "dfa", "--per", "lr"], ["--algorithm", "dfa,dfa"]):
+        found = json.loads(told("best", directory, *given, "--json"))
+        assert ({one["algorithm"] for one in found}, len(found)) == ({"dfa"}, 2)
+    assert len(json.loads(told("best", directory, "--algorithm", "bp,dfa", "--json"))) == 4
+    table = told("best", directory, "--algorithm", "dfa")
+    assert (" dfa " in table, " bp " in table) == (True, False)
+    assert told("best", directory, "--algorithm", "dfaa", code=2) == (
+        "Error: There is no rule 'dfaa' in this experiment. Did you mean 'dfa'?\n"
     )
 
 
@@ -388,8 +406,23 @@ def test_a_report_is_opened_if_there_is_a_browser(
 
 def test_event_files_are_written(directory: Path, told: Callable[..., str]) -> None:
     told("tensorboard", directory, "--write-only")
-    names = {row.name for row in summary.rows(open_experiment(directory))}
+    names = {f"lr={row.params['lr']:g} {row.name}" for row in summary.rows(open_experiment(directory))}
     assert names <= {path.name for path in (directory / "tensorboard").rglob("*")}
+
+
+def test_an_export_says_what_it_wrote(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    assert told("export", directory, "--output", tmp_path / "a.csv").startswith(f"{tmp_path}/a.csv: 4 rows of ")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 5
+
+
+def test_what_the_shell_did_not_expand(told: Callable[..., str]) -> None:
+    for pattern in ("no-runs/*", "runs-?", "[x]"):
+        assert told("report", pattern, code=2) == (
+            f"Error: {pattern} is not an experiment: there is no such directory, as nothing matches this pattern.\n"
+        )
+    assert "There is no model *.safetensors, as nothing matches this pattern. " in told(
+        "evaluate", "*.safetensors", code=2
+    )
 
 
 def test_notifications_tell_how_it_ended(directory: Path, told: Callable[..., str], tmp_path: Path) -> None:

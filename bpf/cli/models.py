@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bpf.cli.arguments import AsJson, DataDir, print_json
+from bpf.cli.arguments import AsJson, print_json
 from bpf.console.screen import say, tell
 
 Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/dfa/KEY.safetensors.", metavar="MODEL")]
@@ -18,7 +18,15 @@ def evaluate(
         typer.Option(help="The data set; by default the one it was trained on.", metavar="NAME", show_default=False),
     ] = None,
     part: Annotated[str, typer.Option(help="Of the data set.", metavar="test|val|train")] = "test",
-    data_dir: DataDir = Path("data"),
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="BPF_DATA_DIR",
+            help="Where data sets live; by default where those of the model's experiment do, or data.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(

@@ -102,10 +102,11 @@ def show_ranking(experiment: "Experiment", as_json: bool) -> None:
     from bpf.console import tables
     from bpf.experiment.grid import MAX_CELLS
     from bpf.results import summary
+    from bpf.study.ranking import as_json as ranked_json
 
     ranking = summary.ranking(experiment, MAX_CELLS if as_json else TOP)
     if as_json:
-        print_json([entry.as_json(experiment.grid.objective) for entry in ranking.top])
+        print_json(ranked_json(ranking.top, experiment.grid.objective))
     else:
         tables.show_results(ranking, experiment.grid.objective, experiment.directory)
     failed = ranking.counts["failed"]

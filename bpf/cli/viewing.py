@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,6 +68,10 @@ def status(
 def best(
     directory: Directory = None,
     top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = TOP,
+    algorithm: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cells of these learning rules.", metavar="RULE,...", show_default=False),
+    ] = None,
     per: Annotated[
         str | None,
         typer.Option(
@@ -76,42 +80,41 @@ def best(
             show_default=False,
         ),
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table, with --per.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """The best cells of an experiment (by default the newest in runs/), ranked by its objective."""
     from bpf.console import tables
     from bpf.results import summary
+    from bpf.study import ranking
 
+    if as_csv and as_json:
+        raise UsageError("Give --csv or --json, not both.")
     experiment = opened(directory, storage)
-    if per is not None:
-        _best_per(experiment, [name.strip() for name in per.split(",")], as_csv, as_json)
-    elif as_csv:
-        raise UsageError("--csv is for --per; all cells are exported by `bpf export`.")
-    elif as_json:
-        print_json([entry.as_json(experiment.grid.objective) for entry in summary.best(experiment, top)])
-    else:
-        tables.show_results(summary.ranking(experiment, top), experiment.grid.objective, experiment.directory)
-
-
-def _best_per(experiment: "Experiment", names: list[str], as_csv: bool, as_json: bool) -> None:
-    from bpf.console import tables
-    from bpf.results import summary
-    from bpf.study.ranking import best_columns, best_per
-
-    found = best_per(summary.rows(experiment), names)
-    columns = best_columns(found, names)
+    objective, rules, names = experiment.grid.objective, _listed(algorithm or []), _listed([per] if per else [])
+    if not (names or as_csv or as_json):
+        tables.show_results(summary.ranking(experiment, top, rules), objective, experiment.directory)
+        return
+    found = summary.best_per(experiment, names, rules) if names else summary.best(experiment, top, rules)
     if as_json:
-        print_json(columns)
+        print_json(ranking.as_json(found, objective))
     elif as_csv:
-        import csv
-
-        writer = csv.DictWriter(sys.stdout, list(columns[0]) if columns else names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(columns)
+        _print_csv(ranking.best_columns(found, names), names)
     else:
-        tables.show_best_per(found, names, summary.varying(experiment), experiment.grid.objective)
+        tables.show_best_per(found, names, summary.varying(experiment), objective)
+
+
+def _listed(given: list[str]) -> list[str]:
+    return [name.strip() for one in given for name in one.split(",")]
+
+
+def _print_csv(columns: list[dict[str, Any]], names: list[str]) -> None:
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, list(columns[0]) if columns else names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(columns)
 
 
 def show(directory: Directory = None, storage: Storage = None, as_json: AsJson = False) -> None:
@@ -174,7 +177,6 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Write every cell, epoch or measurement as a table for other programs."""
-    from bpf.files import write_atomically
     from bpf.results import exporting
 
     known = (*exporting.TABLES, "metrics")
@@ -200,7 +202,7 @@ def export(
         if output is None:
             _print_table(table, format_)
         else:
-            write_atomically(output, lambda file: exporting.write(table, format_, file))
+            say(f"{output}: {counted(exporting.save(table, format_, output), 'row')} of {len(table.columns)} columns")
 
 
 def _print_table(table: "Table", format_: str) -> None:
@@ -274,6 +276,13 @@ def tensorboard(
         int | None,
         typer.Option(min=1, max=65535, help="By default the first free one from 6006 on.", show_default=False),
     ] = None,
+    per: Annotated[
+        str,
+        typer.Option(
+            help="Curves of the mean over the executions of each cell, or those of each execution too.",
+            metavar="cell|execution",
+        ),
+    ] = "cell",
     write_only: Annotated[
         bool, typer.Option("--write-only", help="Write the event files, and do not show them.")
     ] = False,
@@ -285,7 +294,7 @@ def tensorboard(
     experiments = _several(directories, storage)
     folders = [experiment.directory / "tensorboard" for experiment in experiments]
     for experiment, folder in zip(experiments, folders, strict=True):
-        count = tensorboard.write(experiment, folder)
+        count = tensorboard.write(experiment, folder, per)
         tell(f"{counted(count, 'cell')} written to {folder}")
     if not write_only:
         raise typer.Exit(tensorboard.serve(folders, port))

@@ -21,7 +21,7 @@ from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.provenance import provenance, redacted
 from bpf.experiment.settings import merged, stored_grid
-from bpf.files import explaining, write_text
+from bpf.files import exists, explaining, is_dir, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
 from bpf.spec.grid import GridSpec
 from bpf.study.cells import Cell, Row
@@ -303,8 +303,8 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
     Raises UsageError if it holds none, one that cannot be read, or one that lies in another `place`.
     """
     path = directory / "experiment.yaml"
-    if not directory.is_dir():
-        found = "it is a file" if directory.exists() else "there is no such directory"
+    if not is_dir(directory):
+        found = "it is a file" if exists(directory) else f"there is no such directory{places.unexpanded(directory)}"
         raise UsageError(f"{directory} is not an experiment: {found}.")
     if not path.is_file():
         raise UsageError(f"{directory} is not an experiment: it has no experiment.yaml.")

@@ -1,5 +1,6 @@
 """Where experiments and their files lie: what they are called, which folders are theirs, and none behind a link."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def take(files: Path, directory: Path | None, mark: Mark) -> None:
 def model_path(models: Path, rule: str, key: str) -> Path:
     """Where the network of a cell lies in an experiment's directory of models."""
     return models / file_name(rule) / f"{key}.safetensors"
+
+
+def unexpanded(path: Path) -> str:
+    """What to say of a path that is not there if the shell was to make others of it."""
+    return ", as nothing matches this pattern" if re.search(r"[*?\[]", str(path)) else ""
 
 
 def named(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from bpf.data.base import Images
 from bpf.data.cache import Data, load, open_dataset
 from bpf.data.images import EXTENSIONS, decode
 from bpf.errors import BpfError, UsageError, did_you_mean
+from bpf.experiment.directory import open_experiment
 from bpf.experiment.grid import as_grid, expand
+from bpf.experiment.places import unexpanded
 from bpf.files import check_place, is_dir, is_file, write_atomically
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.losses import predict as squashed
@@ -33,11 +35,13 @@ _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
 def evaluate(
     path: str | Path,
     dataset: str | None = None,
-    data_dir: Path = Path("data"),
+    data_dir: Path | None = None,
     part: str = "test",
     image_size: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of a saved model on a part of a data set, by default of its run's own; computed on the CPU.
+    """Scores of a saved model on a part of a data set, by default of its own; computed on the CPU.
+
+    Data sets lie in `data_dir`, or else where those of the experiment do that the model lies in, or in `data`.
 
     `test` is the whole test set; `train` and `val` are the examples that a run with the model's spec trains on and
     holds out, as they are: without augmentation. Images of `dataset` are scaled to the model's where the data set
@@ -54,7 +58,7 @@ def evaluate(
     if part not in PARTS:
         raise UsageError(f"There is no part {part!r}.{did_you_mean(part, PARTS)}")
     model = read(path)
-    name = dataset or model.spec.dataset
+    name, data_dir = dataset or model.spec.dataset, data_dir or _data_dir(Path(path))
     if part == "val" and model.spec.val_frac == 0:
         raise UsageError(f"{path} was trained without a validation split (val_frac 0). Evaluate test or train.")
     data = load(name, data_dir, image_size or _size(model, name, data_dir))
@@ -63,6 +67,13 @@ def evaluate(
     known = {"model": str(path), "algorithm": spec.algorithm, "params": _params(spec), "seed": spec.seed}
     with _as_in_training():
         return {**known, "dataset": name, "part": part, **_scores(model, data, part)}
+
+
+def _data_dir(model: Path) -> Path:
+    """Where the data sets lie of the experiment that a model lies in, as EXPERIMENT/models/RULE/KEY.safetensors."""
+    with suppress(BpfError, IndexError):
+        return open_experiment(model.absolute().parents[2]).data_dir
+    return Path("data")
 
 
 def _params(spec: RunSpec) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def _files(images: Sequence[Path]) -> list[Path]:
         elif is_file(path):
             files.append(path)
         else:
-            raise UsageError(f"There is no image {path}.")
+            raise UsageError(f"There is no image {path}{unexpanded(path)}.")
     if not files:
         raise UsageError("Name at least one image, or a directory of images.")
     return files

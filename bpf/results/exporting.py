@@ -82,6 +82,20 @@ def table(study: StudyView, what: str) -> Table:
     return TABLES[what](study)
 
 
+def save(table: Table, format: str, path: Path) -> int:
+    """`write` a table into a file, whole or not at all; returns how many records it has."""
+    count = 0
+
+    def counted() -> Iterator[Record]:
+        nonlocal count
+        for record in table.records:
+            count += 1
+            yield record
+
+    write_atomically(path, partial(write, Table(table.columns, counted()), format))
+    return count
+
+
 def write(table: Table, format: str, file: IO[bytes]) -> None:
     """Write a table as `csv` (with a header; nothing for None), `json` (a list of objects) or `parquet`.
 

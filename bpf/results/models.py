@@ -22,8 +22,8 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from bpf.errors import UsageError
-from bpf.experiment.places import model_path
-from bpf.files import check_output, write_atomically
+from bpf.experiment.places import model_path, unexpanded
+from bpf.files import check_output, is_dir, is_file, write_atomically
 from bpf.nn.activations import LEAKY_SLOPE
 from bpf.nn.network import BATCH_NORM_EPSILON
 from bpf.spec.run import RunSpec
@@ -255,12 +255,14 @@ class _Norm(_Stage):
 
 def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The text and the tensors of a safetensors file, unchecked."""
-    if path.is_dir() and (found := _below(path)):
+    if is_dir(path) and (found := _below(path)):
         listed = "".join(f"\n  {model}" for model in found[:_LISTED])
         more = f"\n  and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise UsageError(f"{path} is a directory. Name one of its models:{listed}{more}")
-    if not path.is_file():
-        raise UsageError(f"There is no model {path}. Those of an experiment lie in its directory, in models/RULE/.")
+    if not is_file(path):
+        raise UsageError(
+            f"There is no model {path}{unexpanded(path)}. Those of an experiment lie in its directory, in models/RULE/."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,16 +1,18 @@
 """How an experiment stands and what came out of it, as plain values. Imports neither torch nor Optuna."""
 
 import datetime
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from bpf.errors import RunError
+from bpf.errors import RunError, UsageError, did_you_mean
 from bpf.experiment.directory import Experiment
 from bpf.experiment.further import Further, further
 from bpf.experiment.grid import MAX_CELLS
 from bpf.study.cells import OPEN, STATES, Row
 from bpf.study.ranking import Ranked, rank, winners
+from bpf.study.ranking import best_per as ranking_per
 from bpf.study.view import StudyView
 
 
@@ -79,9 +81,17 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def best(experiment: Experiment, top: int = MAX_CELLS) -> list[Ranked]:
-    """The complete cells ranked by the objective, best first."""
-    return ranking(experiment, top).top
+def best(experiment: Experiment, top: int = MAX_CELLS, only: Sequence[str] = ()) -> list[Ranked]:
+    """The complete cells ranked by the objective, best first; of some rules, or of all."""
+    with closing(experiment.read_study()) as study:
+        return _leaders(study, top, _rules(study, only))[:top]
+
+
+def best_per(experiment: Experiment, names: Sequence[str], only: Sequence[str] = ()) -> list[Ranked]:
+    """As `best`, but the best cell of each rule for each combination of the parameters `names`."""
+    with closing(experiment.read_study()) as study:
+        rules = _rules(study, only)
+        return ranking_per([row for row in study.rows() if row.rule in rules], names)
 
 
 @dataclass(frozen=True)
@@ -98,16 +108,31 @@ class Ranking:
     further: Further
 
 
-def ranking(experiment: Experiment, top: int) -> Ranking:
-    """What came out so far. It reads no more cells than are shown."""
+def ranking(experiment: Experiment, top: int, only: Sequence[str] = ()) -> Ranking:
+    """What came out so far, of some rules or of all. It reads no more cells than are shown.
+
+    Raises UsageError for a rule that the experiment does not have.
+    """
     with closing(experiment.read_study()) as study:
-        counts = study.counts()
-        rules = study.rules()
-        leaders = rank([row for rule in rules for row in study.leaders(rule, top)])
-        failed = study.rows(state="failed")[:1] if counts["failed"] else []
+        rules = _rules(study, only)
+        counts = {name: sum(study.counts(rule)[name] for rule in rules) for name in STATES}
+        leaders = _leaders(study, top, rules)
+        failed = [row for row in study.rows(state="failed") if row.rule in rules][:1] if counts["failed"] else []
         best = winners(leaders)
         beyond = further(experiment, study, best)
         return Ranking(leaders[:top], best, counts, study.varying(), failed[0] if failed else None, beyond)
+
+
+def _leaders(study: StudyView, top: int, rules: Sequence[str]) -> list[Ranked]:
+    return rank([row for rule in rules for row in study.leaders(rule, top)])
+
+
+def _rules(study: StudyView, only: Sequence[str]) -> list[str]:
+    known = study.rules()
+    for rule in only:
+        if rule not in known:
+            raise UsageError(f"There is no rule {rule!r} in this experiment.{did_you_mean(rule, known)}")
+    return [rule for rule in known if not only or rule in only]
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:

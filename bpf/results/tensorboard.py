@@ -1,7 +1,8 @@
 """An experiment for TensorBoard: what to look at (`write`), and TensorBoard itself (`serve`).
 
-One run per trial, RULE/NAME. Curves of each execution and their mean, for every score and every value of a tracker;
-deciles as histograms; the weights of each rule's best network; and the cell's parameters with what came out.
+One run per cell, RULE/PARAMETERS NAME. Curves of the mean over executions, and if asked for of each, for every score
+and every value of a tracker; deciles as histograms; the weights of each rule's best network; and the cell's parameters
+with what came out.
 
 The events are put into files here, without TensorBoard's asynchronous writer: that one would import TensorFlow where it
 is installed, and make another file each time instead of replacing the one that is there.
@@ -19,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bpf.errors import RunError, UsageError
+from bpf.errors import RunError, UsageError, did_you_mean
 from bpf.experiment.directory import Experiment
 from bpf.experiment.places import model_path
 from bpf.extras import need
@@ -28,9 +29,13 @@ from bpf.reading import file_name
 from bpf.results.exporting import Columns, measurements, parameters, scores, typed
 from bpf.study.cells import Row
 from bpf.study.ranking import result_columns
+from bpf.words import describe
 
 FILE = "events.out.tfevents.bpf"
 BINS = 50
+PER = ("cell", "execution")
+LONGEST = 150
+"""Characters of a run's name."""
 METRICS = {"objective": "objective", "test/loss": "test_loss", "test/error": "test_error"}
 """What TensorBoard's table of parameters shows of a cell, by tag, and how the table of results calls it."""
 _QUANTILE = re.compile(r"(.+)\.q(\d+)")
@@ -40,13 +45,16 @@ Moment = tuple[float, int]
 Curve = dict[Moment, float]
 
 
-def write(experiment: Experiment, directory: Path) -> int:
+def write(experiment: Experiment, directory: Path, per: str = "cell") -> int:
     """Write every cell that has a history below `directory`; returns how many that are.
 
-    What is there already is replaced, byte for byte by the same unless the experiment has gone on. Scores and trackers
-    have the epoch as their step; trackers that measured between epochs have the optimizer's. Raises UsageError if
-    TensorBoard is missing.
+    With `per` cell the curves are means over executions; with `per` execution also those of each, by their seed. What
+    bpf has written there before is replaced, byte for byte by the same unless the experiment has gone on. Scores and
+    trackers have the epoch as their step; trackers that measured between epochs have the optimizer's. Raises UsageError
+    for another `per`, and if TensorBoard is missing.
     """
+    if per not in PER:
+        raise UsageError(f"There is no curve per {per!r}: give cell or execution.{did_you_mean(per, PER)}")
     events = _Events(datetime.fromisoformat(experiment.created).timestamp())
     written = 0
     with closing(experiment.read_study()) as study:
@@ -59,10 +67,32 @@ def write(experiment: Experiment, directory: Path) -> int:
             for row in study.rows(rule=rule):
                 if records := study.history(row.key):
                     weights = _weights(experiment, row) if best and best[0] == row.key else {}
-                    path = directory / file_name(rule) / row.name / FILE
-                    events.write(path, _cell(events, row, columns, records, weights))
+                    folder = directory / file_name(rule)
+                    name = run_name(row, study.varying())
+                    _discard_others(folder, row.name, name)
+                    each = per == "execution"
+                    events.write(folder / name / FILE, _cell(events, row, columns, records, weights, each))
                     written += 1
     return written
+
+
+def run_name(row: Row, varying: Collection[str]) -> str:
+    """A cell's run in TensorBoard, below its rule: what it differs in, and its name, such as `lr=0.1 brave-otter-417`.
+
+    It is a part of a path, of at most `LONGEST` characters.
+    """
+    told = file_name(describe({name: value for name, value in row.chosen.items() if name in varying}), " =")
+    return f"{told[: LONGEST - len(row.name) - 1]} {row.name}".strip()
+
+
+def _discard_others(folder: Path, cell: str, name: str) -> None:
+    """Remove what was written for the cell under another name: the file, and its folder if nothing else is in it."""
+    for other in folder.glob(f"*{cell}"):
+        own = re.fullmatch(rf"(?:[^/]* )?{cell}", other.name) and other.name != name
+        if own and not other.is_symlink() and not (other / FILE).is_symlink():
+            (other / FILE).unlink(missing_ok=True)
+            with suppress(OSError):
+                other.rmdir()
 
 
 def serve(directories: Sequence[Path], port: int | None = None) -> int:
@@ -169,9 +199,14 @@ class _Events:
 
 
 def _cell(
-    events: _Events, row: Row, columns: Columns, records: Sequence[Mapping[str, Any]], weights: Mapping[str, Any]
+    events: _Events,
+    row: Row,
+    columns: Columns,
+    records: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, Any],
+    each: bool,
 ) -> Iterator[Any]:
-    """The events of one cell, in the order of its epochs."""
+    """The events of one cell, in the order of its epochs; with those of `each` execution."""
     cell = {"algorithm": row.rule, **row.chosen}
     given = {name: typed(cell.get(name), kind) for name, kind in columns.items()}
     yield events.at((0.0, 0), [events.trial(row.name, {name: v for name, v in given.items() if v is not None})])
@@ -182,7 +217,7 @@ def _cell(
         means[name] = _mean(curves)
         if not _QUANTILE.fullmatch(name):
             tagged = {f"{name}/mean": means[name]}
-            if len(records) > 1:
+            if each and len(records) > 1:
                 tagged |= {f"{name}/seed {record['seed']}": c for record, c in zip(records, curves, strict=True)}
             for tag, curve in tagged.items():
                 for moment, value in curve.items():

@@ -39,6 +39,7 @@ class Ranked:
             test |= {name: spread.mean, f"{name}_std": spread.std}
         return {
             "cell": self.row.name,
+            "key": self.row.key,
             "algorithm": self.row.rule,
             "params": self.row.chosen,
             "objective": {
@@ -50,6 +51,11 @@ class Ranked:
             "best_epochs": self.best_epochs,
             "test": test,
         }
+
+
+def as_json(ranked: Sequence[Ranked], objective: str) -> list[dict[str, Any]]:
+    """Cells in their order, as `bpf best --json` tells them."""
+    return [{"rank": place, **entry.as_json(objective)} for place, entry in enumerate(ranked, 1)]
 
 
 def rank(rows: Sequence[Row]) -> list[Ranked]:
@@ -82,8 +88,8 @@ def best_per(rows: Sequence[Row], names: Sequence[str]) -> list[Ranked]:
     return list(first.values())
 
 
-def best_columns(ranked: Sequence[Ranked], names: Sequence[str]) -> list[dict[str, Any]]:
-    """What `best_per` found for `names` as flat records of the same columns, these parameters first."""
+def best_columns(ranked: Sequence[Ranked], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Cells in their order as flat records of the same columns, the parameters `names` first."""
     params = [entry.row.chosen for entry in ranked]
     columns = dict.fromkeys([name for name in names if name != "algorithm"])
     columns |= dict.fromkeys(name for one in params for name in one)
