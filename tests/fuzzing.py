@@ -411,14 +411,16 @@ def rows(draw: random.Random, work: Path, made: Made) -> Case:
             refused = column in ("key", "name") and bool(raw.total_changes)
         elif how == 2:
             raw.execute(
-                "UPDATE bpf_histories SET records = ?",
+                "UPDATE OR IGNORE bpf_histories SET records = ?",
                 (draw.choice([zlib.compress(b"0" * 10**8), b"x", None, 5, "[1"]),),
             )
         elif how < 6:
             column = draw.choice(["settings", "axes", "params", "spec", "result", "facts"])
             table = next(name for name in mine if column in [r[1] for r in raw.execute(f"PRAGMA table_info({name})")])
             for (stored,) in raw.execute(f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL LIMIT 1").fetchall():
-                raw.execute(f"UPDATE {table} SET {column} = ?", (json.dumps(spoil_value(draw, json.loads(stored))),))
+                raw.execute(
+                    f"UPDATE OR IGNORE {table} SET {column} = ?", (json.dumps(spoil_value(draw, json.loads(stored))),)
+                )
         else:
             column = draw.choice(columns)
             odd = draw.choice(

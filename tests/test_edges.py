@@ -156,7 +156,7 @@ def test_most_executions_have_their_best_epoch_at_the_end(
     found = find([row], {"dfa": {}}, lambda rule, name: None)
     assert found == ([] if late is None else [Edge("dfa", "epochs", 3, 6, late, len(best))])
     if late:
-        assert str(found[0]) == f"dfa: the last epoch, 3, is the best of {late} of 3 executions"
+        assert str(found[0]) == f"dfa: the last epoch, 3, is the best in {late} of 3 executions"
 
 
 def test_a_rule_that_is_not_finished_has_no_edge_yet_and_a_single_execution_none_at_all(work: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_commands_extend_a_grid_and_train_nothing_twice(bpf: Callable[[str],
         for rule in ("bp", "dfa")
         for what in (
             "lr=0.0001 is the largest of its values",
-            "the last epoch, 2, is the best of 1 of 1 executions",
+            "the last epoch, 2, is the best in 1 of 1 executions",
         )
     }
     assert bpf("best ex").endswith("\n".join(beyond) + "\n")

@@ -31,6 +31,7 @@ from bpf.cli import app as cli
 from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment, Place
 from bpf.spec.grid import GridSpec
+from bpf.spec.run import digest
 from bpf.study import owner as owners
 from bpf.study import schema
 from bpf.study.cells import Axis, Cell, Claim
@@ -56,7 +57,7 @@ def cells_of(axes: list[Axis], rule: str = "dfa", epochs: int = 3) -> list[Cell]
     points = itertools.product(*(axis.values for axis in axes))
     named = [dict(zip([axis.name for axis in axes], point, strict=True)) for point in points]
     return [
-        Cell(f"{rule}:{epochs}:{params}", rule, f"{rule}/{params.get('arch')}", params, {"epochs": epochs, **params})
+        Cell(digest([rule, epochs, params]), rule, f"{rule}/{params.get('arch')}", params, {"epochs": epochs, **params})
         for params in named
     ]
 
@@ -356,7 +357,7 @@ def test_four_processes_create_at_once(url: str, child: Any) -> None:
         except UsageError as error:
             print(error)
         else:
-            study.plan({"bp": [Axis("lr", [0.1])]}, [Cell("key", "bp", "any", {"lr": 0.1}, {})])
+            study.plan({"bp": [Axis("lr", [0.1])]}, [Cell("key", "bp", "any", {"lr": 0.1}, {"epochs": 1})])
             print("made", study.counts()["pending"])
     """
     children = [child(script, url, name) for name in ("a", "a", "b", "c")]

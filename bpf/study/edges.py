@@ -31,7 +31,7 @@ class Edge:
     def __str__(self) -> str:
         if self.parameter == EPOCHS:
             late = f"{self.late} of {self.executions} executions"
-            return f"{self.rule}: the last epoch, {self.value}, is the best of {late}"
+            return f"{self.rule}: the last epoch, {self.value}, is the best in {late}"
         end = "largest" if self.beyond > self.value else "smallest"
         return f"{self.rule}: {self.parameter}={word(self.value)} is the {end} of its values"
 
