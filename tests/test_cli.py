@@ -254,6 +254,7 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
         "causes": {},
         "workers": [],
         "eta_seconds": 0.0,
+        "starting": None,
     }
 
 
@@ -548,7 +549,7 @@ def test_status_names_the_workers(bpf_: Bpf, work: Path) -> None:
         status = bpf_("status ex --json").json
         [worker] = status["workers"]
         assert worker.pop("since").endswith("+00:00")
-        assert worker == {"pid": os.getpid(), **facts}
+        assert worker == {"pid": os.getpid(), **facts, "progress": None}
         assert (status["cells"]["running"], status["cells"]["pending"], status["eta_seconds"]) == (1, 1, None)
         assert bpf_("status ex").out == (
             f"ex: 2 cells: 1 pending, 1 running\nworker on here, process {os.getpid()}, cpu\n"

@@ -1,5 +1,6 @@
 """The tables and texts that commands print."""
 
+import datetime
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -102,16 +103,36 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
 
 def show_status(status: dict[str, Any]) -> None:
     """Cells by state, what troubled them, who works on them, and how long the rest will take."""
-    cells = status["cells"]
+    cells, starting = status["cells"], status["starting"]
+    if starting and not cells["total"]:
+        say(f"{status['experiment']}: starting for {_age(starting)}, nothing is planned yet")
+        return
     parts = [f"{count} {state}" for state, count in cells.items() if state != "total" and count]
     say(f"{status['experiment']}: {counted(cells['total'], 'cell')}: {', '.join(parts) or 'none planned'}")
     for cause, states in status["causes"].items():
         say(f"{CAUSES[cause]}: {', '.join(f'{count} {_now(state)}' for state, count in states.items())}")
     for worker in status["workers"]:
-        say(f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}")
+        who = f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}"
+        say(f"{who}: {_told(worker['progress'])}" if worker["progress"] else who)
+    if starting:
+        say(f"starting for {_age(starting)}, no worker is there yet")
     left = status["eta_seconds"]
     rest = "finished" if left == 0 else "time left not known yet" if left is None else f"about {duration(left)} left"
     say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
+
+
+def _age(moment: str) -> str:
+    then = datetime.datetime.fromisoformat(moment)
+    return duration(max(0.0, (datetime.datetime.now(datetime.UTC) - then).total_seconds()))
+
+
+def _told(progress: dict[str, Any]) -> str:
+    """How far a worker is with its cohort, in one line."""
+    what = " ".join(progress[name] for name in ("rule", "arch", "activation"))
+    stacked = f"{counted(progress['executions'], 'execution')} stacked"
+    speed = f", {progress['speed']:,.0f} examples/s" if progress["speed"] else ""
+    how_far = f"epoch {progress['epoch']} of {progress['epochs']}{speed}"
+    return f"{what}, {counted(progress['cells'], 'cell')}, {stacked}: {how_far}"
 
 
 CAUSES = {

@@ -24,6 +24,7 @@ from bpf.files import explaining, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
 from bpf.spec.grid import GridSpec
 from bpf.study.database import Database
+from bpf.study.owner import PROBE_SECONDS, is_held
 from bpf.study.plan import Cell, Row
 from bpf.study.view import StudyView
 
@@ -99,6 +100,8 @@ class Experiment:
 
     def _check_planned(self) -> None:
         if self.database.missing() and not self._has_trained():
+            if self.held_since() is not None:
+                raise UsageError(f"{self.directory} is starting: nothing is planned in it yet. Look again in a while.")
             raise UsageError(
                 f"Nothing is planned in {self.directory} yet, as its start was cut short. "
                 f"Go on with `bpf resume {self.directory}`."
@@ -109,6 +112,11 @@ class Experiment:
                 "Put it back, or start anew in another directory."
             )
 
+    def held_since(self) -> float | None:
+        """When the process that is training in the directory began (seconds since 1970); None if there is none."""
+        lock = self.directory / "running.lock"
+        return lock.stat().st_mtime if is_held(lock, None) else None
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Hold the directory while training in it. Raises UsageError if another process does."""
@@ -116,7 +124,8 @@ class Experiment:
         with explaining(path):
             lock = FileLock(path, thread_local=False)
             try:
-                lock.acquire(blocking=False)
+                lock.acquire(timeout=PROBE_SECONDS)
+                path.touch()
             except Timeout:
                 raise UsageError(
                     f"Another bpf process is training in {self.directory}. Watch it with "

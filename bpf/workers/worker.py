@@ -28,7 +28,7 @@ from bpf.files import explaining
 from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.database import Database
-from bpf.study.owner import Owner
+from bpf.study.owner import Owner, Progress
 from bpf.study.patience import PATIENCE_SECONDS
 from bpf.study.plan import Claim, Row
 from bpf.study.study import Fenced, Study
@@ -40,6 +40,9 @@ from bpf.workers.stopping import SIGNALS, CutShort, Interrupted, Stop
 
 CHECKPOINT_SECONDS = 30.0
 FULL_DISK_SECONDS = 5.0
+NOTE_SECONDS = 5.0
+"""Least time between two notes of how far a cohort is; the first epoch is noted in any case if it took a while."""
+LONG_EPOCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,20 @@ class Worker:
         claim, first = training.claim, training.specs[0]
         shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
         self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
-        saved = time.monotonic()
+        at = self._begun(training)
+        self.study.note(self._owner, at)
+        saved = noted = time.monotonic()
         while not training.done:
             began = time.perf_counter()
             training.run_epoch()
-            speed = training.examples * training.stacked / (time.perf_counter() - began)
+            took = time.perf_counter() - began
+            speed = training.examples * training.stacked / took
+            at = at.after(training.epoch, took, speed)
             self.tell(Trained(training.epoch, speed, training.objective))
+            is_long = training.epoch == at.began + 1 and took >= LONG_EPOCH_SECONDS
+            if is_long or time.monotonic() - noted >= NOTE_SECONDS:
+                self.study.note(self._owner, at)
+                noted = time.monotonic()
             if self._owner.lost.is_set():
                 raise Fenced("The lease has run out.")
             if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
@@ -209,6 +220,23 @@ class Worker:
         except RunError:  # the database is gone for good: what is trained need not be trained again
             training.save()
             raise
+
+    def _begun(self, training: ClaimTraining) -> Progress:
+        """How far a cohort is that begins, or goes on, here."""
+        rows, first = training.claim.rows, training.specs[0]
+        return Progress.model_construct(  # unchecked, as readers check: nothing that is noted may end the training
+            rule=first.algorithm,
+            arch=first.arch,
+            activation=first.activation,
+            cells=len(rows),
+            executions=training.stacked,
+            began=training.epoch,
+            epoch=training.epoch,
+            epochs=training.epochs,
+            speed=0.0,
+            seconds=0.0,
+            cost=sum(row.cost * (self._executions - row.done) for row in rows) / self._executions,
+        )
 
     def _save(self, training: ClaimTraining) -> None:
         self._write(training.save)
