@@ -281,6 +281,10 @@ def test_a_dry_run_writes_nothing(bpf_: Bpf, work: Path) -> None:
         assert line in shown.out
     planned = bpf_(f"{command} --json").json
     assert planned.pop("cohorts") >= 1
+    seconds = planned.pop("seconds")
+    assert 0 < seconds["low"] < seconds["estimate"] < seconds["high"]
+    assert 1 <= seconds["measured"] <= 8
+    assert planned.pop("tracking") == {"share": 0.0, "cure": None}
     assert planned == {
         "handed_over": None,
         "cells": 64,

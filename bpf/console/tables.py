@@ -2,7 +2,7 @@
 
 import datetime
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bpf.console.screen import out, say
-from bpf.experiment.grid import Grid
 from bpf.study.plan import Row
 from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
+    from bpf.api import Planned
     from bpf.experiment.handover import Taken
     from bpf.results.summary import Ranking
 
+LONG_SECONDS = 60.0
+"""In a shorter grid nobody need care what trackers cost."""
 
-def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path) -> None:
-    """How many cells, executions and cohorts each rule has, and what was left out and why."""
+
+def show_plan(planned: "Planned", executions: int, directory: Path, dry_run: bool) -> None:
+    """How many cells, executions and cohorts each rule has, how long that takes, and what was left out and why."""
+    grid, cohorts = planned.grid, planned.cohorts
     counts = Counter(cell.rule for cell in grid.cells)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("rule", "cells", "executions", "grid"):
@@ -30,10 +34,40 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         sizes = [f"{len(axis.values)} {SHORT.get(axis.name, axis.name)}" for axis in axes if len(axis.values) > 1]
         table.add_row(rule, str(counts[rule]), str(counts[rule] * executions), " × ".join(sizes) or "one cell")
     out.print(table)
-    stacked = f", trained in about {counted(cohorts, 'cohort')}" if cohorts else ""
+    made = "cells of equal structure, stacked and trained together"
+    stacked = f", trained in about {counted(cohorts, 'cohort')} ({made})" if cohorts else ""
     say(f"{counted(len(grid.cells), 'cell')} of {counted(executions, 'execution')}{stacked}; experiment in {directory}")
+    for line in _time(planned, dry_run):
+        say(line)
     for left in grid.left_out:
         say(f"left out: {counted(left.cells, 'cell')} of {left.rule} ({left.reason})")
+
+
+def _time(planned: "Planned", dry_run: bool) -> Iterator[str]:
+    """How long a plan takes, and what trackers cost of it if that is much."""
+    forecast = planned.forecast
+    if forecast is None:
+        if planned.done:
+            yield "nothing is left to train"
+        elif dry_run and planned.cohorts is None:
+            yield "how long it takes is not known before the data set has been read"
+        return
+    structures = f"{forecast.measured} of {counted(forecast.structures, 'structure')}"
+    known = f"measured on this machine for {structures}" if forecast.measured else ""
+    earlier = f"known from {counted(forecast.finished, 'finished cell')}" if forecast.finished else ""
+    low, high = duration(forecast.low), duration(forecast.high)
+    if low.count(" ") == high.count(" ") == 1 and low.split()[1] == high.split()[1]:
+        low = low.split()[0]
+    yield (
+        f"about {duration(forecast.estimate)} with {counted(forecast.workers, 'worker')} ({low} to {high}), "
+        f"{' and '.join(filter(None, (earlier, known)))}"
+    )
+    if forecast.cure and forecast.high >= LONG_SECONDS:
+        brings = "below 5 %" if forecast.cured < 0.05 else f"to {percent(forecast.cured)}"
+        yield (
+            f"trackers take about {percent(forecast.share)} of the training time; "
+            f"--tracker-every {forecast.cure} brings that {brings}"
+        )
 
 
 def show_taken(taken: "Taken") -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bpf.data.base import Arrays, disk_error
+from bpf.data.base import Arrays, Extent, disk_error
 from bpf.errors import RunError
 from bpf.files import sync_directory
 
@@ -45,6 +45,18 @@ def fetch(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arr
     except OSError as error:
         raise disk_error(error, "keep the data cache", directory.parent, _CURE) from error
     return arrays
+
+
+def peek(directory: Path, fingerprint: str) -> Extent | None:
+    """How large the data set in `directory` is, without opening its arrays; None for one that is not there or old."""
+    try:
+        meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT or meta["fingerprint"] != fingerprint:
+            return None
+        train, channels, height, width = (int(size) for size in meta["shapes"]["train_images"])
+        return Extent((channels, height, width), len(meta["classes"]), train)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def exists(directory: Path) -> bool:

@@ -66,6 +66,17 @@ def cores() -> int:
         return usable
 
 
+def crowding(device: torch.device, workers: int) -> float:
+    """How many times as long something takes in each of so many workers as it takes now, in this process alone.
+
+    They share the processor cores, also with what else runs on this machine, or the GPUs of their kind.
+    """
+    if device.type != "cpu":
+        return max(1.0, workers / max(1, torch.cuda.device_count()))
+    others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1.0, (workers + others) / cores()) / max(1.0, (1 + others) / cores())
+
+
 def cohort_cells(
     spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device, sharers: int = 1
 ) -> int:
