@@ -25,13 +25,14 @@ from safetensors import safe_open
 import bpf
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.interrupts import Interrupted
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
 from bpf.study.owner import Owner
 from bpf.training.cohort import Cohort
 from bpf.workers.events import Trained
-from bpf.workers.stopping import Interrupted, Stop
+from bpf.workers.stopping import Stop
 from bpf.workers.supervisor import Supervisor
 from bpf.workers.worker import Job, Worker
 from waiting import eventually

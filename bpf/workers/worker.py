@@ -25,6 +25,7 @@ from bpf.errors import BpfError, DiskFull, RunError
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
 from bpf.files import explaining
+from bpf.interrupts import SIGNALS, Interrupted
 from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.database import Database
@@ -36,7 +37,8 @@ from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
 from bpf.workers.claims import ClaimTraining
 from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
-from bpf.workers.stopping import SIGNALS, CutShort, Interrupted, Stop
+from bpf.workers.processes import accept_signals
+from bpf.workers.stopping import CutShort, Stop
 
 CHECKPOINT_SECONDS = 30.0
 FULL_DISK_SECONDS = 5.0
@@ -90,6 +92,7 @@ def work(job: Job, connection: Connection) -> None:
 
     for number in SIGNALS:  # Ctrl-C reaches the whole group; whoever started this process decides what it means
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
+    accept_signals()
     try:
         os.chdir(job.home)
         with closing(Study.open(job.storage, job.experiment)) as study:
