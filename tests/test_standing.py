@@ -219,6 +219,15 @@ def test_what_does_not_fit_is_ignored(said: str, tmp_path: Path, capsys: pytest.
         assert worker.endswith(", ?")
 
 
+def test_a_worker_whose_record_is_damaged_is_left_out(tmp_path: Path) -> None:
+    experiment = planned(tmp_path / "grid")
+    with at_work(experiment):
+        with closing(sqlite3.connect(experiment.directory / "study.db", isolation_level=None)) as other:
+            other.execute("UPDATE bpf_owners SET pid = 'none'")
+        status = summary.status(experiment)
+        assert (status["workers"], status["cells"]["running"]) == ([], 1)
+
+
 def test_what_fits_is_kept_beside_what_does_not(tmp_path: Path) -> None:
     experiment = planned(tmp_path / "grid")
     with at_work(experiment):

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,13 @@ def status(experiment: Experiment) -> dict[str, Any]:
 
 
 def _at_work(experiment: Experiment) -> "tuple[list[Tally], list[_Worker]]":
+    """The cells, and the workers whose records can be read."""
     with closing(experiment.read_study()) as study:
-        return study.tally(), [_Worker.model_validate(record) for record in study.workers()]
+        tallies, workers = study.tally(), []
+        for record in study.workers():
+            with suppress(ValidationError):
+                workers.append(_Worker.model_validate(record))
+        return tallies, workers
 
 
 def _time_left(tallies: Sequence[Tally], at_work: Sequence[Progress | None]) -> float | None:
@@ -107,6 +112,8 @@ class _Facts(BaseModel):
 
 
 class _Worker(BaseModel):
+    """A worker's record, which a damaged database may hold anything in."""
+
     pid: int
     began: float = Field(ge=0, le=1e11)
     facts: _Facts
