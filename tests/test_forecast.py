@@ -124,9 +124,15 @@ def test_examples_are_those_of_the_data(fields: dict[str, Any], tmp_path: Path) 
 
 def test_processes_that_share_cores_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "cores", lambda: 2)
-    for load, workers, expected in ((0.0, 1, 1), (0.0, 2, 1), (0.0, 4, 2), (1.0, 2, 1.5), (3.0, 2, 1.25)):
+    for load, workers, *expected in (
+        (0.0, 1, 1, 1),
+        (0.0, 2, 1, 1),
+        (0.0, 4, 2, 2),
+        (1.0, 2, 1.5, 2),
+        (3.0, 2, 1.25, 2),
+    ):
         monkeypatch.setattr(hardware.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        assert hardware.crowding(CPU, workers) == expected
+        assert list(hardware.crowding(CPU, workers)) == expected
 
 
 # How it is applied
@@ -142,9 +148,10 @@ def test_what_was_measured_is_shared_by_the_workers() -> None:
         assert found.estimate == pytest.approx(seconds, abs=overhead)
         assert found.low < seconds < found.high
         assert (found.workers, found.measured, found.structures) == (min(cells, workers), 1, 1)
-    crowded = forecast({"one": stack(cells=2, epochs=100)}, {}, 0, means(paces), 2, crowding=3.0)
+    crowded = forecast({"one": stack(cells=2, epochs=100)}, {}, 0, means(paces), 2, crowding=(3.0, 6.0))
     assert crowded is not None
     assert crowded.estimate == pytest.approx(90, abs=4)
+    assert crowded.high > 90 * 2
 
 
 def test_structures_between_two_that_were_measured_lie_between_them() -> None:
@@ -195,7 +202,7 @@ def test_rules_with_finished_cells_are_not_measured() -> None:
     stacks = {"one": stack(1e6, epochs=10), "two": stack(2e6, algorithm="bp", epochs=10)}
     asked: list[float] = []
     earlier = {"gone": Known("dfa", 5e5, Pace(0.5))}
-    found = forecast(stacks, earlier, 4, means({2e6: Pace(3.0)}, asked), 1, crowding=2.0)
+    found = forecast(stacks, earlier, 4, means({2e6: Pace(3.0)}, asked), 1, crowding=(2.0, 2.0))
     assert found is not None
     assert (asked, found.finished, found.measured) == ([2e6], 4, 1)
     assert found.estimate == pytest.approx(6 * 10 * 1.0 + 6 * 10 * 3.0 * 2.0, abs=4)

@@ -65,11 +65,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class Known:
-    """The pace of one execution of a structure."""
+    """The pace of one execution of a structure, which in a worker may be up to `highest` times as long."""
 
     rule: str
     products: float
     pace: Pace
+    highest: float = HIGHEST
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,13 @@ def forecast(
     finished: int,
     means: Means,
     workers: int,
-    crowding: float = 1.0,
+    crowding: tuple[float, float] = (1.0, 1.0),
 ) -> Forecast | None:
     """How long the stacks take, by structure.
 
     None if nothing of them can be measured in so short a time, or if they will be done within `enough` anyway.
     `earlier` are the paces of `finished` cells; only rules without any are measured. Each of the `workers` takes
-    `crowding` times as long as if it had its core for itself.
+    `crowding` times as long as was measured, most likely and at most.
     """
     known, measured, found = dict(earlier), 0, None
     have = {pace.rule for pace in earlier.values()}
@@ -185,8 +186,8 @@ def forecast(
         stack = stacks[name]
         pace = means.measure(stack, max(LEAST_SLICE, min(LONGEST_SLICE, left / (len(waiting) - number))))
         if pace is not None:
-            crowded = Pace(pace.epoch * crowding, pace.measurement * crowding)
-            known[name] = Known(stack.spec.algorithm, stack.products, crowded)
+            crowded = Pace(pace.epoch * crowding[0], pace.measurement * crowding[0])
+            known[name] = Known(stack.spec.algorithm, stack.products, crowded, HIGHEST * crowding[1] / crowding[0])
             measured += 1
             found = _spread(stacks, known, workers, measured, finished)
     return found
@@ -216,7 +217,7 @@ def _spread(
         stored = CELL_SECONDS * len(stack.cells)
         durations += [(trained + tracked + stored) / stack.cohorts] * stack.cohorts
         lows += min(trained, epochs * min(rates) * stack.products) * LOWEST
-        highs += max(trained, epochs * max(rates) * stack.products) * HIGHEST
+        highs += max(trained, epochs * max(rates) * stack.products) * max(one.highest for one in spreading)
         training, tracking, once = training + trained, tracking + tracked, once + alone
     whole, together = _makespan(durations, workers), max(sum(durations), 1e-9)
     low, high = (whole * (bound + tracking * of) / together for bound, of in ((lows, LOWEST), (highs, HIGHEST)))
