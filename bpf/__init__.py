@@ -21,6 +21,9 @@ def __getattr__(name: str) -> Any:
         from bpf.results.models import load
 
         return load
-    from bpf import notebook
+    from bpf.interrupts import NOTHING_BEGUN, interruptible, told_in_one_line
+
+    with told_in_one_line(), interruptible(lambda: NOTHING_BEGUN):  # its imports take seconds
+        from bpf import notebook
 
     return getattr(notebook, name)

@@ -1,15 +1,16 @@
 """What the commands do, as functions on experiments that return plain values. Nothing here prints."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpf.data.cache import Data, describe, load, open_dataset
+from bpf.data.cache import Data, describe, load
+from bpf.data.cache import extent as extent_of
 from bpf.data.subsets import subset
-from bpf.errors import UsageError
+from bpf.errors import BpfError, UsageError
 from bpf.experiment import places
 from bpf.experiment.directory import Experiment, Place, open_experiment, prepare
 from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
@@ -25,16 +26,25 @@ from bpf.study.patience import PATIENCE_SECONDS
 from bpf.workers.events import Trouble
 
 if TYPE_CHECKING:
+    from bpf.experiment.forecast import Forecast, Stack
+    from bpf.study.cells import Row
     from bpf.study.study import Study
     from bpf.workers.events import Observe
+
+FEW_CELLS = 5_000
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a grid amounts to; `cohorts` is None when the data set's shape is not known without reading it."""
+    """What a grid amounts to, and how long it takes if that was asked for and can be told.
+
+    `cohorts` is None when the data set's shape is not known without reading it; `done` says that nothing is left to do.
+    """
 
     grid: Grid
     cohorts: int | None
+    forecast: "Forecast | None" = None
+    done: bool = False
 
     def as_json(self) -> dict[str, Any]:
         rules = {name: sum(cell.rule == name for cell in self.grid.cells) for name in self.grid.axes}
@@ -44,6 +54,8 @@ class Planned:
             "by_algorithm": rules,
             "cohorts": self.cohorts,
             "left_out": left_out,
+            "seconds": self.forecast.as_json() if self.forecast else None,
+            "tracking": self.forecast.tracking_as_json() if self.forecast else None,
         }
 
 
@@ -90,32 +102,52 @@ def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Pla
     return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir, place)
 
 
-def plan(experiment: Experiment) -> Planned:
-    """Expand the experiment's grid; writes and downloads nothing."""
-    from bpf.training.hardware import choose_device, cohort_cells
+def plan(experiment: Experiment, effort: Effort = Effort(), budget: float = 0.0, enough: float = 0.0) -> Planned:
+    """Expand the experiment's grid; writes and downloads nothing, and needs no data.
 
-    grid = expand(experiment.grid, experiment.rules())
-    experiment.trackers()
-    spec = experiment.grid
-    dataset = open_dataset(spec.dataset, experiment.data_dir, spec.image_size)
-    if dataset.takes_source:
-        dataset.fingerprint()  # looks whether the source is there
+    With a `budget` of so many seconds it also tells how long that takes in workers as `effort` has them, measured on
+    this machine or known from finished cells; not if it is certain to be done within `enough` seconds.
+    """
+    from bpf.experiment import forecast
+    from bpf.training import hardware
+    from bpf.training.estimate import Pace, measure
+
+    rules, trackers, spec = experiment.rules(), experiment.trackers(), experiment.grid
+    grid = expand(spec, rules)
     info = describe(spec.dataset, experiment.data_dir)
+    extent = extent_of(spec.dataset, experiment.data_dir, spec.image_size)
     if info.problem:
         raise UsageError(f"The dataset {spec.dataset!r} cannot be used: {info.problem}")
-    if info.shape is None or info.class_count is None:
+    if extent is None:
         return Planned(grid, None)
-    inputs = info.shape[0] * info.shape[1] * info.shape[2]
-    targets = inputs if spec.problem_type == "reconstruction" else info.class_count
-    device = choose_device(spec.device.split(",")[0])
-    members: dict[str, list[RunSpec]] = {}
-    for cell in grid.cells:
-        members.setdefault(cell.structure, []).append(RunSpec.model_construct(**cell.spec))
-    sizes = [
-        (len(runs), cohort_cells(runs[0], spec.executions_per_trial, inputs, targets, device))
-        for runs in members.values()
-    ]
-    return Planned(grid, sum(-(-count // size) for count, size in sizes))
+    devices = hardware.devices(effort.device or spec.device, effort.workers)
+    device = hardware.choose_device(devices[0])
+    rows = _rows(experiment) if budget else []
+    stacks, cohorts = forecast.stacks(grid.cells, rows, extent, spec.executions_per_trial, device)
+
+    def pace(stack: "Stack", seconds: float) -> Pace | None:
+        try:
+            rule = rules[stack.spec.algorithm]
+            return measure(stack.specs(), rule, trackers, extent, stack.examples, device, seconds)
+        except Exception:  # a plan is no place for what a rule or a lack of memory does: training deals with it
+            return None
+
+    if not budget:
+        return Planned(grid, cohorts)
+    earlier, finished = forecast.paces(rows, extent)
+    means, workers = forecast.Means(pace, budget, enough), len(devices)
+    crowding = hardware.crowding(device, workers)
+    told = forecast.forecast(stacks, earlier, finished, means, workers, crowding)
+    return Planned(grid, cohorts, told, done=not stacks)
+
+
+def _rows(experiment: Experiment) -> list["Row"]:
+    """The cells that were planned on this machine before, unless they are too many to be looked at in a plan."""
+    if not (experiment.begun and experiment.is_here) or experiment.database.missing():
+        return []
+    with suppress(BpfError), closing(experiment.read_study()) as study:
+        return study.rows() if sum(study.counts().values()) <= FEW_CELLS else []
+    return []
 
 
 def run(
@@ -132,8 +164,9 @@ def run(
     """
     from bpf.training import hardware
     from bpf.workers import supervisor
+    from bpf.workers.job import Job
     from bpf.workers.stopping import Stop
-    from bpf.workers.worker import Job, Worker
+    from bpf.workers.worker import Worker
 
     spec = experiment.grid
     alone = experiment.kind == "train"
@@ -215,8 +248,9 @@ def join(
     a request to stop.
     """
     from bpf.study.study import Study
+    from bpf.workers.job import Job
     from bpf.workers.stopping import Stop
-    from bpf.workers.worker import Job, Worker
+    from bpf.workers.worker import Worker
 
     with closing(Study.open(storage, name)) as study:
         spec = stored_grid(study.spec)

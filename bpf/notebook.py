@@ -6,8 +6,8 @@
 """
 
 import sys
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from bpf.experiment import handover
 from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.experiment.places import model_path
 from bpf.extras import need
+from bpf.interrupts import interruptible, told_in_one_line
 from bpf.results import exporting, summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
@@ -107,17 +108,19 @@ def tune(
 
     `spec` has the fields of a spec file. With a `val_*` objective and no learning rate it takes those of the earlier
     phase, as `bpf tune` does: from `lr_from`, or from `directory`, and then lies in a directory inside it. Raises
-    UsageError for a mistake, and Interrupted when it was stopped; the same call again goes on. A script can call it
-    anywhere: the workers do not run it again.
+    UsageError for a mistake, and Interrupted when it was stopped, by Ctrl-C or SIGTERM; the same call again goes on. A
+    script that does not catch it ends in one line, with exit code 130. It can call this anywhere: the workers do not
+    run it again.
     """
-    grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
-    processes.warm_up()
-    place = Place(keep_checkpoints=keep_checkpoints)
-    where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
-    experiment = api.open_tune(where, grid, Path(data_dir), place)
-    if taken is not None and not quiet:
-        tables.show_taken(taken)
-    return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
+    with _interruptible(Path(directory)):
+        grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
+        processes.warm_up()
+        place = Place(keep_checkpoints=keep_checkpoints)
+        where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
+        experiment = api.open_tune(where, grid, Path(data_dir), place)
+        if taken is not None and not quiet:
+            tables.show_taken(taken)
+        return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
 
 
 def train(
@@ -130,15 +133,29 @@ def train(
     quiet: bool = False,
 ) -> Opened:
     """Train one network in this process, or go on with it, and return the experiment."""
-    run = spec if isinstance(spec, RunSpec) else build(RunSpec, spec)
-    place = Place(keep_checkpoints=keep_checkpoints)
-    experiment = api.open_train(Path(directory), run, Path(data_dir), place)
-    return _run(experiment, api.Effort(1, max_hours=max_hours), quiet)
+    with _interruptible(Path(directory)):
+        run = spec if isinstance(spec, RunSpec) else build(RunSpec, spec)
+        place = Place(keep_checkpoints=keep_checkpoints)
+        experiment = api.open_train(Path(directory), run, Path(data_dir), place)
+        return _run(experiment, api.Effort(1, max_hours=max_hours), quiet)
 
 
 def open(directory: str | Path) -> Opened:
     """The experiment in a directory. Raises UsageError if there is none."""
     return Opened(open_experiment(Path(directory)))
+
+
+@contextmanager
+def _interruptible(directory: Path) -> Iterator[None]:
+    """Raise Interrupted for Ctrl-C and SIGTERM at any moment, saying what is stored."""
+
+    def told() -> str:
+        begun = (directory / "experiment.yaml").exists()
+        last = f"Nothing finished is lost; the same call goes on in {directory}." if begun else "Nothing was begun."
+        return f"Interrupted at once. {last}"
+
+    with told_in_one_line(), interruptible(told):
+        yield
 
 
 def _run(experiment: Experiment, effort: api.Effort, quiet: bool) -> Opened:

@@ -30,7 +30,7 @@ from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from bpf.study.cells import Row
 from bpf.workers import supervisor, worker
-from bpf.workers.worker import Job
+from bpf.workers.job import Job
 from waiting import SECONDS
 
 FIFO, TOKEN = "BPF_CHAOS_FIFO", "BPF_CHAOS_TOKEN"

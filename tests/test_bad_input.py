@@ -31,15 +31,17 @@ from PIL import Image
 import bpf.data.fetching
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.interrupts import Interrupted
 from bpf.spec.run import RunSpec
 from bpf.study import patience
 from bpf.study.owner import Owner
 from bpf.training import checkpoint
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
-from bpf.workers.stopping import Interrupted, Stop
+from bpf.workers.job import Job
+from bpf.workers.stopping import Stop
 from bpf.workers.supervisor import Supervisor
-from bpf.workers.worker import Job, Worker
+from bpf.workers.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

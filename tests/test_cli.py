@@ -24,6 +24,7 @@ from safetensors import safe_open
 import bpf
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
+from bpf.interrupts import Interrupted
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
@@ -31,9 +32,10 @@ from bpf.study.owner import Owner
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.workers.events import Trained
-from bpf.workers.stopping import Interrupted, Stop
+from bpf.workers.job import Job
+from bpf.workers.stopping import Stop
 from bpf.workers.supervisor import Supervisor
-from bpf.workers.worker import Job, Worker
+from bpf.workers.worker import Worker
 from waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -254,6 +256,7 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
         "causes": {},
         "workers": [],
         "eta_seconds": 0.0,
+        "starting": None,
     }
 
 
@@ -280,6 +283,10 @@ def test_a_dry_run_writes_nothing(bpf_: Bpf, work: Path) -> None:
         assert line in shown.out
     planned = bpf_(f"{command} --json").json
     assert planned.pop("cohorts") >= 1
+    seconds = planned.pop("seconds")
+    assert 0 < seconds["low"] < seconds["estimate"] < seconds["high"]
+    assert 1 <= seconds["measured"] <= 8
+    assert planned.pop("tracking") == {"share": 0.0, "cure": None}
     assert planned == {
         "handed_over": None,
         "cells": 64,
@@ -549,7 +556,7 @@ def test_status_names_the_workers(bpf_: Bpf, work: Path) -> None:
         status = bpf_("status ex --json").json
         [worker] = status["workers"]
         assert worker.pop("since").endswith("+00:00")
-        assert worker == {"pid": os.getpid(), **facts}
+        assert worker == {"pid": os.getpid(), **facts, "progress": None}
         assert (status["cells"]["running"], status["cells"]["pending"], status["eta_seconds"]) == (1, 1, None)
         assert bpf_("status ex").out == (
             f"ex: 2 cells: 1 pending, 1 running\nworker on here, process {os.getpid()}, cpu\n"

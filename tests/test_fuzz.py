@@ -15,8 +15,9 @@ import fuzzing
 from bpf.experiment.directory import open_experiment
 from bpf.training import checkpoint
 from bpf.workers.events import Event, Trained
+from bpf.workers.job import Job
 from bpf.workers.stopping import Interrupted, Stop
-from bpf.workers.worker import Job, Worker
+from bpf.workers.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

@@ -40,7 +40,8 @@ from bpf.study.owner import Owner
 from bpf.study.study import Fenced, Study
 from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
-from bpf.workers.worker import Job, Worker
+from bpf.workers.job import Job
+from bpf.workers.worker import Worker
 from invented import RECORD, RESULT, record
 from servers import PostgresServer
 from waiting import SECONDS, eventually

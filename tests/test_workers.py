@@ -36,7 +36,8 @@ from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
-from bpf.workers.worker import Job, Worker
+from bpf.workers.job import Job
+from bpf.workers.worker import Worker
 from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]

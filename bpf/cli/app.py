@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from bpf import __version__
 from bpf.cli import listing, models, training, viewing
 from bpf.console.screen import tell
 from bpf.errors import BpfError, UsageError
+from bpf.interrupts import NOTHING_BEGUN, interruptible
 
 app = typer.Typer(
     help="Train fully connected networks without backpropagation, and compare learning rules by grid search.",
@@ -51,6 +53,13 @@ for panel, commands in GROUPS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted, 141 unread."""
+    words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")]
+    trains = bool(words) and words[0] in {command.__name__ for command in training.COMMANDS}
+    with interruptible(lambda: NOTHING_BEGUN, at_once=True) if trains else nullcontext():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     try:
         _check_filled(sys.argv[1:] if arguments is None else arguments)
         app(args=arguments, prog_name="bpf")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from bpf import interrupts
 from bpf.cli.arguments import TOP, print_json
 from bpf.console.screen import tell
 from bpf.errors import BpfError, RunError
@@ -32,7 +33,13 @@ def train_all(
     from bpf.workers.supervisor import Crashed
 
     directory = shlex.quote(str(experiment.directory))
+
+    def told() -> str:
+        last = f"Nothing finished is lost. Go on with: bpf resume {directory}"
+        return f"Interrupted at once. {last if experiment.begun else 'Nothing was begun.'}"
+
     with (
+        interrupts.interruptible(told, at_once=True),
         _notifying(experiment, notify or []),
         interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun),
     ):
@@ -45,8 +52,8 @@ def train_all(
 @contextmanager
 def _notifying(experiment: "Experiment", targets: list[str]) -> Iterator[None]:
     """Tell the targets how the work ended."""
+    from bpf.interrupts import Interrupted
     from bpf.results.notifying import Notifier, summarize
-    from bpf.workers.stopping import Interrupted
 
     began, event, message = time.monotonic(), "finished", ""
     try:
@@ -74,15 +81,19 @@ def check_targets(notify: list[str] | None) -> None:
 @contextmanager
 def interruptible(go_on: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Say how to go on after the work was stopped."""
-    from bpf.workers.stopping import Interrupted
+    at_once: list[str] = []
+
+    def told() -> str:
+        at_once.append(f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun.")
+        return f"Interrupted at once. {at_once[0]}"
 
     try:
-        yield
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped} {go_on}") from None
-    except KeyboardInterrupt:
-        last = f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun."
-        raise Interrupted(f"Interrupted at once. {last}") from None
+        with interrupts.interruptible(told):
+            yield
+    except interrupts.Interrupted as stopped:
+        if at_once:
+            raise
+        raise interrupts.Interrupted(f"{stopped} {go_on}") from None
 
 
 def observer(quiet: bool, verbose: bool) -> "Observer":
@@ -98,17 +109,27 @@ def command_line() -> list[str]:
     return hidden(["bpf", *sys.argv[1:]])
 
 
+@contextmanager
+def _stored(experiment: "Experiment") -> Iterator[None]:
+    """What follows the training can be interrupted as well."""
+    directory = shlex.quote(str(experiment.directory))
+    told = f"Interrupted. Everything is stored; see it with: bpf status {directory}"
+    with interrupts.interruptible(lambda: told, at_once=True):
+        yield
+
+
 def show_ranking(experiment: "Experiment", as_json: bool) -> None:
     from bpf.console import tables
     from bpf.experiment.grid import MAX_CELLS
     from bpf.results import summary
     from bpf.study.ranking import as_json as ranked_json
 
-    ranking = summary.ranking(experiment, MAX_CELLS if as_json else TOP)
-    if as_json:
-        print_json(ranked_json(ranking.top, experiment.grid.objective))
-    else:
-        tables.show_results(ranking, experiment.grid.objective, experiment.directory)
+    with _stored(experiment):
+        ranking = summary.ranking(experiment, MAX_CELLS if as_json else TOP)
+        if as_json:
+            print_json(ranked_json(ranking.top, experiment.grid.objective))
+        else:
+            tables.show_results(ranking, experiment.grid.objective, experiment.directory)
     failed = ranking.counts["failed"]
     if failed:
         raise RunError(
@@ -121,5 +142,6 @@ def show_run(experiment: "Experiment", as_json: bool) -> None:
     from bpf.console import tables
     from bpf.results import summary
 
-    report = summary.train_report(experiment)
-    print_json(report) if as_json else tables.show_run(report)
+    with _stored(experiment):
+        report = summary.train_report(experiment)
+        print_json(report) if as_json else tables.show_run(report)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from bpf.api import Effort
 
 MAX_WORKERS = 1024
+DRY_RUN_SECONDS, PLAN_SECONDS = 2.5, 1.0
+"""How long a plan may measure; before it is carried out, only where that takes more than `SHORT_SECONDS`."""
+SHORT_SECONDS = 60.0
 SPEC_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 
@@ -93,11 +96,13 @@ def tune(
     if taken is not None and not (quiet or as_json):
         tables.show_taken(taken)
     experiment = api.open_tune(directory, grid, data_dir, place)
-    planned = api.plan(experiment)
+    shown = dry_run or not (quiet or as_json)
+    budget = DRY_RUN_SECONDS if dry_run else PLAN_SECONDS if shown and not plan_only else 0.0
+    planned = api.plan(experiment, effort, budget, 0.0 if dry_run else SHORT_SECONDS)
     if as_json and dry_run:
         print_json(planned.as_json() | {"handed_over": taken.as_json() if taken else None})
-    elif not as_json and (dry_run or not quiet):
-        tables.show_plan(planned.grid, grid.executions_per_trial, planned.cohorts, directory)
+    elif shown:
+        tables.show_plan(planned, grid.executions_per_trial, directory, dry_run)
     if plan_only and not dry_run:
         api.store_plan(experiment, command_line())
     elif not dry_run:

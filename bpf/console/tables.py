@@ -1,7 +1,8 @@
 """The tables and texts that commands print."""
 
+import datetime
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -9,19 +10,23 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bpf.console.screen import one_line, out, say
-from bpf.experiment.grid import Grid
 from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
 
 if TYPE_CHECKING:
+    from bpf.api import Planned
     from bpf.experiment.further import Further
     from bpf.experiment.handover import Taken
     from bpf.results.summary import Ranking
 
+LONG_SECONDS = 60.0
+"""In a shorter grid nobody need care what trackers cost."""
 
-def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path) -> None:
-    """How many cells, executions and cohorts each rule has, and what was left out and why."""
+
+def show_plan(planned: "Planned", executions: int, directory: Path, dry_run: bool) -> None:
+    """How many cells, executions and cohorts each rule has, how long that takes, and what was left out and why."""
+    grid, cohorts = planned.grid, planned.cohorts
     counts = Counter(cell.rule for cell in grid.cells)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("rule", "cells", "executions", "grid"):
@@ -30,10 +35,40 @@ def show_plan(grid: Grid, executions: int, cohorts: int | None, directory: Path)
         sizes = [f"{len(axis.values)} {SHORT.get(axis.name, axis.name)}" for axis in axes if len(axis.values) > 1]
         table.add_row(rule, str(counts[rule]), str(counts[rule] * executions), " × ".join(sizes) or "one cell")
     out.print(table)
-    stacked = f", trained in about {counted(cohorts, 'cohort')}" if cohorts else ""
+    made = "cells of equal structure, stacked and trained together"
+    stacked = f", trained in about {counted(cohorts, 'cohort')} ({made})" if cohorts else ""
     say(f"{counted(len(grid.cells), 'cell')} of {counted(executions, 'execution')}{stacked}; experiment in {directory}")
+    for line in _time(planned, dry_run):
+        say(line)
     for left in grid.left_out:
         say(f"left out: {counted(left.cells, 'cell')} of {left.rule} ({left.reason})")
+
+
+def _time(planned: "Planned", dry_run: bool) -> Iterator[str]:
+    """How long a plan takes, and what trackers cost of it if that is much."""
+    forecast = planned.forecast
+    if forecast is None:
+        if planned.done:
+            yield "nothing is left to train"
+        elif dry_run and planned.cohorts is None:
+            yield "how long it takes is not known before the data set has been read"
+        return
+    structures = f"{forecast.measured} of {counted(forecast.structures, 'structure')}"
+    known = f"measured on this machine for {structures}" if forecast.measured else ""
+    earlier = f"known from {counted(forecast.finished, 'finished cell')}" if forecast.finished else ""
+    low, high = duration(forecast.low), duration(forecast.high)
+    if low.count(" ") == high.count(" ") == 1 and low.split()[1] == high.split()[1]:
+        low = low.split()[0]
+    yield (
+        f"about {duration(forecast.estimate)} with {counted(forecast.workers, 'worker')} ({low} to {high}), "
+        f"{' and '.join(filter(None, (earlier, known)))}"
+    )
+    if forecast.cure and forecast.high >= LONG_SECONDS:
+        brings = "below 5 %" if forecast.cured < 0.05 else f"to {percent(forecast.cured)}"
+        yield (
+            f"trackers take about {percent(forecast.share)} of the training time; "
+            f"--tracker-every {forecast.cure} brings that {brings}"
+        )
 
 
 def show_taken(taken: "Taken") -> None:
@@ -118,16 +153,36 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
 
 def show_status(status: dict[str, Any]) -> None:
     """Cells by state, what troubled them, who works on them, and how long the rest will take."""
-    cells = status["cells"]
+    cells, starting = status["cells"], status["starting"]
+    if starting and not cells["total"]:
+        say(f"{status['experiment']}: starting for {_age(starting)}, nothing is planned yet")
+        return
     parts = [f"{count} {state}" for state, count in cells.items() if state != "total" and count]
     say(f"{status['experiment']}: {counted(cells['total'], 'cell')}: {', '.join(parts) or 'none planned'}")
     for cause, states in status["causes"].items():
         say(f"{CAUSES[cause]}: {', '.join(f'{count} {_now(state)}' for state, count in states.items())}")
     for worker in status["workers"]:
-        say(f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}")
+        who = f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}"
+        say(f"{who}: {_told(worker['progress'])}" if worker["progress"] else who)
+    if starting:
+        say(f"starting for {_age(starting)}, no worker is there yet")
     left = status["eta_seconds"]
     rest = "finished" if left == 0 else "time left not known yet" if left is None else f"about {duration(left)} left"
     say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
+
+
+def _age(moment: str) -> str:
+    then = datetime.datetime.fromisoformat(moment)
+    return duration(max(0.0, (datetime.datetime.now(datetime.UTC) - then).total_seconds()))
+
+
+def _told(progress: dict[str, Any]) -> str:
+    """How far a worker is with its cohort, in one line."""
+    what = " ".join(progress[name] for name in ("rule", "arch", "activation"))
+    stacked = f"{counted(progress['executions'], 'execution')} stacked"
+    speed = f", {progress['speed']:,.0f} examples/s" if progress["speed"] else ""
+    how_far = f"epoch {progress['epoch']} of {progress['epochs']}{speed}"
+    return f"{what}, {counted(progress['cells'], 'cell')}, {stacked}: {how_far}"
 
 
 CAUSES = {

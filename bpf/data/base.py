@@ -35,6 +35,20 @@ class Arrays:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How large a data set is: `shape` (C, H, W) of an image, and how many `classes` and `train`ing examples."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in an image."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+
 class Dataset:
     """A data set; the first line of a subclass's docstring is its one-line summary.
 

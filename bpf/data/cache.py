@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bpf.data import store
-from bpf.data.base import Arrays, Dataset, validate
+from bpf.data.base import Arrays, Dataset, Extent, validate
 from bpf.errors import BpfError, RunError, UsageError
 from bpf.files import at_home
 from bpf.registry import DATASETS, Plugin, Registry
@@ -89,6 +89,18 @@ def load(name: str, data_dir: Path, image_size: int | None = None, registry: Reg
         torch.from_numpy(arrays.test_labels),
         arrays.classes,
     )
+
+
+def extent(name: str, data_dir: Path, image_size: int | None = None, registry: Registry | None = None) -> Extent | None:
+    """How large a data set is, as its class says or a cached copy; None where only reading it would tell.
+
+    Raises UsageError as `open_dataset` does, and for a source that is missing.
+    """
+    dataset = open_dataset(name, data_dir, image_size, registry)
+    fingerprint = dataset.fingerprint() if dataset.takes_source else ""  # looks whether the source is there
+    if dataset.shape and dataset.class_count and dataset.train_size:
+        return Extent(dataset.shape, dataset.class_count, dataset.train_size)
+    return store.peek(_entry(name, dataset, fingerprint), fingerprint) if fingerprint and dataset.cached else None
 
 
 def open_dataset(name: str, data_dir: Path, image_size: int | None = None, registry: Registry | None = None) -> Dataset:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from bpf.data.base import Arrays, disk_error, problem_of
+from bpf.data.base import Arrays, Extent, disk_error, problem_of
 from bpf.errors import RunError, UsageError
 from bpf.files import sync_directory
 from bpf.reading import fitting, json_of, text_of
@@ -60,6 +60,18 @@ def fetch(directory: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arr
     except OSError as error:
         raise disk_error(error, "keep the data cache", directory.parent, _CURE) from error
     return arrays
+
+
+def peek(directory: Path, fingerprint: str) -> Extent | None:
+    """How large the data set in `directory` is, without opening its arrays; None for one that is not there or old."""
+    try:
+        meta = fitting(_META, json_of(text_of(directory / META)))
+        if meta["format"] != FORMAT or meta["fingerprint"] != fingerprint:
+            return None
+        train, channels, height, width = meta["shapes"]["train_images"]
+        return Extent((channels, height, width), len(meta["classes"]), train)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def exists(directory: Path) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from bpf.errors import RunError, UsageError
-from bpf.experiment import places
+from bpf.errors import UsageError
+from bpf.experiment import longer, places
 from bpf.experiment.file import FORMAT, Session, read
 from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
@@ -24,8 +24,9 @@ from bpf.experiment.settings import merged, stored_grid
 from bpf.files import exists, explaining, is_dir, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
 from bpf.spec.grid import GridSpec
-from bpf.study.cells import Cell, Row
+from bpf.study.cells import Row
 from bpf.study.database import Database
+from bpf.study.owner import PROBE_SECONDS, is_held
 from bpf.study.view import StudyView
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Experiment:
         return self.database == _own_database(self.directory)
 
     def checkpoint(self, cohort: str) -> Path:
-        return self.files / "checkpoints" / f"{cohort}.pt"
+        return places.checkpoint_path(self.files, cohort)
 
     def rules(self) -> "dict[str, type[Algorithm]]":
         return load_rules(self.grid.algorithm)
@@ -105,6 +106,8 @@ class Experiment:
 
     def _check_planned(self) -> None:
         if self.database.missing() and not self._has_trained():
+            if self.held_since() is not None:
+                raise UsageError(f"{self.directory} is starting: nothing is planned in it yet. Look again in a while.")
             raise UsageError(
                 f"Nothing is planned in {self.directory} yet, as its start was cut short. "
                 f"Go on with `bpf resume {self.directory}`."
@@ -115,6 +118,11 @@ class Experiment:
                 "Put it back, or start anew in another directory."
             )
 
+    def held_since(self) -> float | None:
+        """When the process that is training in the directory began (seconds since 1970); None if there is none."""
+        lock = self.directory / "running.lock"
+        return lock.stat().st_mtime if is_held(lock, None) else None
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Hold the directory while training in it. Raises UsageError if another process does."""
@@ -122,7 +130,8 @@ class Experiment:
         with explaining(path):
             lock = FileLock(path, thread_local=False)
             try:
-                lock.acquire(blocking=False)
+                lock.acquire(timeout=PROBE_SECONDS)
+                path.touch()
             except Timeout:
                 raise UsageError(
                     f"Another bpf process is training in {self.directory}. Watch it with "
@@ -139,9 +148,11 @@ class Experiment:
         study = self._create_study() if self.is_unplanned() else self.open_study()
         try:
             before = stored_grid(study.spec)
-            reopened = self._longer(study, before, grid)
+            reopened = longer.reopened(study, before, self.grid, grid, self.rules(), self.files)
             more = self.grid.executions_per_trial
-            former = study.former | {key for key, cell in reopened.items() if self._has_model(cell.rule, key)}
+            models = self.files / "models"
+            kept = {key for key, cell in reopened.items() if places.model_path(models, cell.rule, key).exists()}
+            former = study.former | kept
             study.plan(
                 grid.axes,
                 grid.cells,
@@ -164,44 +175,9 @@ class Experiment:
             "keep_checkpoints": self.keep_checkpoints,
         }
 
-    def _longer(self, study: StudyView, before: GridSpec, grid: Grid) -> dict[str, Cell]:
-        """What the planned cells become when there are more epochs than before, by their old key.
-
-        Raises UsageError if that would not be the same computation.
-        """
-        if before.epochs == self.grid.epochs:
-            return {}
-        grown = f"epochs can grow from {before.epochs} to {self.grid.epochs} only"
-        if before.executions_per_trial != self.grid.executions_per_trial:
-            raise UsageError(f"{grown} on their own, not together with executions_per_trial. Do one after the other.")
-        complete = [row for row in study.rows() if row.state == "complete" and row.ran_to_the_end]
-        lost = [row for row in complete if not self.can_go_on(row)]
-        if lost:
-            raise UsageError(
-                f"{grown} where the checkpoints of finished cells were kept (--keep-checkpoints), and those of "
-                f"{len(lost)} cells were not. Choose another directory."
-            )
-        self._check_checkpoints({row.cohort for row in complete if row.cohort})
-        new = {(cell.rule, tuple(cell.params.items())): cell for cell in grid.cells}
-        old = expand(before, self.rules()).cells
-        return {cell.key: new[cell.rule, tuple(cell.params.items())] for cell in old}
-
     def can_go_on(self, row: Row) -> bool:
         """Whether one checkpoint holds the ends of all executions of a finished cell."""
-        return row.cohort is not None and self.checkpoint(row.cohort).exists() and not row.added
-
-    def _check_checkpoints(self, cohorts: set[str]) -> None:
-        """Raise Damaged for one that is: a cell that goes on is not complete any more."""
-        from bpf.training import checkpoint
-
-        for cohort in sorted(cohorts):
-            try:
-                checkpoint.load(self.checkpoint(cohort), cohort)
-            except checkpoint.Unusable as error:
-                raise RunError(f"{error}, so its cells cannot go on. Choose another directory.") from error
-
-    def _has_model(self, rule: str, key: str) -> bool:
-        return places.model_path(self.files / "models", rule, key).exists()
+        return longer.can_go_on(row, self.files)
 
     def is_unplanned(self) -> bool:
         if self.database.missing():

@@ -78,6 +78,11 @@ def take(files: Path, directory: Path | None, mark: Mark) -> None:
     write_json(files / MARKER, mark)
 
 
+def checkpoint_path(files: Path, cohort: str) -> Path:
+    """Where the checkpoint of a cohort lies, in the folder of an experiment's files."""
+    return files / "checkpoints" / f"{cohort}.pt"
+
+
 def model_path(models: Path, rule: str, key: str) -> Path:
     """Where the network of a cell lies in an experiment's directory of models."""
     return models / file_name(rule) / f"{key}.safetensors"

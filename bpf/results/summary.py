@@ -2,15 +2,18 @@
 
 import datetime
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from bpf.errors import RunError, UsageError, did_you_mean
 from bpf.experiment.directory import Experiment
 from bpf.experiment.further import Further, further
 from bpf.experiment.grid import MAX_CELLS
-from bpf.study.cells import OPEN, STATES, Row
+from bpf.study.cells import OPEN, STATES, Row, Tally
+from bpf.study.owner import Progress, Word
 from bpf.study.ranking import Ranked, rank, winners
 from bpf.study.ranking import best_per as ranking_per
 from bpf.study.view import StudyView
@@ -35,13 +38,19 @@ def history(experiment: Experiment, key: str) -> list[dict[str, Any]]:
 
 
 def status(experiment: Experiment) -> dict[str, Any]:
-    """Cells by state and trouble, who works on them, seconds spent, and seconds that the rest will take.
+    """Cells by state and trouble, who works on them and how far each is, seconds spent, and seconds left.
 
-    The time left is the speed of finished cells applied to the others, shared by the workers that are alive.
+    The time left is that of the cohorts in training at their own pace, and of the others at the pace of all that was
+    trained so far, shared by the workers that are alive. `starting` says since when the experiment is, if it is.
     """
-    with closing(experiment.read_study()) as study:
-        tallies = study.tally()
-        workers = study.workers()
+    held = experiment.held_since()
+    starting = None if held is None else _utc(held)
+    try:
+        tallies, workers = _at_work(experiment)
+    except UsageError:
+        if starting is None:
+            raise
+        tallies, workers = ([], []) if experiment.is_unplanned() else _at_work(experiment)
     counts = dict.fromkeys(STATES, 0)
     causes: dict[str, dict[str, int]] = {}
     for tally in tallies:
@@ -49,18 +58,77 @@ def status(experiment: Experiment) -> dict[str, Any]:
         if tally.cause is not None:
             by_state = causes.setdefault(tally.cause, {})
             by_state[tally.state] = by_state.get(tally.state, 0) + tally.count
-    elapsed = sum(tally.seconds for tally in tallies)
-    done = sum(tally.cost for tally in tallies if tally.seconds)
-    left = sum(tally.cost for tally in tallies if tally.state in OPEN)
-    eta = 0.0 if not counts_open(counts) else left * elapsed / done / max(1, len(workers)) if done else None
+    if workers or (tallies and not counts_open(counts)):
+        starting = None
+    finished = not (starting or counts_open(counts))
+    eta = 0.0 if finished else _time_left(tallies, [worker.facts.at for worker in workers])
     return {
         "experiment": str(experiment.directory),
         "cells": {"total": sum(counts.values()), **counts},
         "causes": causes,
-        "workers": [{"pid": worker["pid"], **worker["facts"], "since": _utc(worker["began"])} for worker in workers],
-        "elapsed_seconds": round(elapsed, 3),
+        "workers": [worker.as_json() for worker in workers],
+        "elapsed_seconds": round(sum(tally.seconds for tally in tallies), 3),
         "eta_seconds": None if eta is None else round(eta, 3),
+        "starting": starting,
     }
+
+
+def _at_work(experiment: Experiment) -> "tuple[list[Tally], list[_Worker]]":
+    """The cells, and the workers whose records can be read."""
+    with closing(experiment.read_study()) as study:
+        tallies, workers = study.tally(), []
+        for record in study.workers():
+            with suppress(ValidationError):
+                workers.append(_Worker.model_validate(record))
+        return tallies, workers
+
+
+def _time_left(tallies: Sequence[Tally], at_work: Sequence[Progress | None]) -> float | None:
+    """Seconds that the open cells will take; None while nothing is known of any pace."""
+    known = [at for at in at_work if at is not None and at.left is not None]
+    done = sum(tally.cost for tally in tallies if tally.seconds) + sum(at.trained for at in known)
+    spent = sum(tally.seconds for tally in tallies) + sum(at.seconds for at in known)
+    if not done:
+        return None
+    waiting = sum(tally.cost for tally in tallies if tally.state in OPEN) - sum(at.cost for at in known)
+    begun = [at.left or 0.0 for at in known]
+    return max((sum(begun) + max(0.0, waiting) * spent / done) / max(1, len(at_work)), *begun, 0.0)
+
+
+class _Facts(BaseModel):
+    """What a worker says of itself; what does not fit is left out."""
+
+    host: Word | None = None
+    device: Word | None = None
+    bpf: Word | None = None
+    torch: Word | None = None
+    at: Progress | None = None
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _or_none(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            return None
+
+
+class _Worker(BaseModel):
+    """A worker's record, which a damaged database may hold anything in."""
+
+    pid: int
+    began: float = Field(ge=0, le=1e11)
+    facts: _Facts
+
+    @field_validator("facts", mode="before")
+    @classmethod
+    def _or_nothing(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {}
+
+    def as_json(self) -> dict[str, Any]:
+        said = self.facts.model_dump(exclude={"at"}, exclude_none=True)
+        at = self.facts.at
+        return {"pid": self.pid, **said, "since": _utc(self.began), "progress": None if at is None else at.as_json()}
 
 
 def counts_open(counts: dict[str, int]) -> int:

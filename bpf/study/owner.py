@@ -5,6 +5,7 @@ heartbeats and without a grace period. On a server's database an owner also rene
 time; on another machine, where its lock cannot be seen, it counts as dead when the lease has run out.
 """
 
+import json
 import os
 import re
 import secrets
@@ -17,10 +18,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
 
 from bpf.errors import UsageError
 from bpf.study import stored
@@ -29,10 +31,56 @@ from bpf.study.schema import owners
 _LOCK = re.compile(r"[0-9a-f]{16}\.lock")
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
+PROBE_SECONDS = 1.0
+"""How long to wait for a lock that may only be probed: who looks whether it is held holds it for a moment."""
+
+
+Word = Annotated[str, Field(pattern=r"^[\w.:+ -]+$", max_length=700)]
+"""Of those that a terminal may be given, whoever wrote it."""
+
+
+class Progress(BaseModel):
+    """How far an owner is with the cohort that it trains, as it stands in its `facts`.
+
+    `executions` are those stacked, `speed` is in examples a second over all of them in the last epoch. In `seconds`
+    this owner has trained from epoch `began` to `epoch`. `cost` is the work of the cohort, in the unit of its cells.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    rule: Word
+    arch: Word
+    activation: Word
+    cells: int = Field(ge=1, le=10**9)
+    executions: int = Field(ge=1, le=10**9)
+    began: int = Field(ge=0, le=10**9)
+    epoch: int = Field(ge=0, le=10**9)
+    epochs: int = Field(ge=1, le=10**9)
+    speed: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+    cost: float = Field(ge=0)
+
+    def after(self, epoch: int, seconds: float, speed: float) -> "Progress":
+        """How far it is when so many seconds have led to `epoch`."""
+        return self.model_copy(update={"epoch": epoch, "seconds": self.seconds + seconds, "speed": speed})
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"began", "seconds", "cost"})
+
+    @property
+    def trained(self) -> float:
+        """The work of its `seconds`."""
+        return self.cost * max(0, self.epoch - self.began) / self.epochs
+
+    @property
+    def left(self) -> float | None:
+        """The seconds that its other epochs will take at its own pace; None before the first."""
+        done = self.epoch - self.began
+        return self.seconds / done * max(0, self.epochs - self.epoch) if done > 0 and self.seconds else None
 
 
 class Owner:
-    """A process's right to its cells; `facts` say to a person who it is (host, device, versions).
+    """A process's right to its cells; `facts` say to a person who it is (host, device, versions), and how far (`at`).
 
     `lost` is set when another process has declared this owner dead; what it still trains is not its own any more.
     """
@@ -154,7 +202,7 @@ def enroll(connection: sa.Connection, experiment: str, owner: Owner) -> None:
 def renew(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
     """Whether the owner is still known as alive; its lease then begins anew."""
     mine = (owners.c.experiment == experiment, owners.c.token == owner.token, owners.c.lease > 0)
-    change = sa.update(owners).where(*mine).values(lease=now(connection) + LEASE_SECONDS)
+    change = sa.update(owners).where(*mine).values(lease=now(connection) + LEASE_SECONDS, facts=owner.facts)
     return connection.execute(change).rowcount == 1
 
 
@@ -171,11 +219,21 @@ def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool
 
 
 def living(connection: sa.Connection, experiment: str, locks: Path, here_only: bool) -> list[dict[str, Any]]:
-    """The owners that are alive: `token`, `pid`, `machine`, `facts`, `began`."""
-    query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.lease > 0)
-    known = [stored.owner(record) for record in connection.execute(query).mappings()]
-    gone = dead(connection, experiment, [record["token"] for record in known], locks, here_only, True)
+    """The owners that are alive: `token`, `pid`, `facts`, `began`. What they say of themselves is not checked."""
+    text = sa.type_coerce(owners.c.facts, sa.Text).label("facts")
+    query = sa.select(owners.c.token, owners.c.pid, owners.c.machine, owners.c.began, text)
+    query = query.where(owners.c.experiment == experiment, owners.c.lease > 0)
+    known = [record | {"facts": _parsed(record["facts"])} for record in map(dict, connection.execute(query).mappings())]
+    tokens = [stored.word(record["token"]) for record in known]
+    gone = dead(connection, experiment, tokens, locks, here_only, True)
     return [record for record in known if record["token"] not in gone]
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def dead(
@@ -197,7 +255,8 @@ def dead(
         return {token for token in tokens if not is_held(locks / f"{token}.lock")}
     if not tokens:
         return set()
-    query = sa.select(owners).where(owners.c.experiment == experiment, owners.c.token.in_(tokens))
+    query = sa.select(owners.c.token, owners.c.machine, owners.c.lease)
+    query = query.where(owners.c.experiment == experiment, owners.c.token.in_(tokens))
     known = {one["token"]: one for one in map(stored.owner, connection.execute(query).mappings())}
     here, moment = machine(), now(connection)
     gone = set()

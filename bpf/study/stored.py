@@ -91,10 +91,6 @@ class _Spec(TypedDict):
 class _Owner(TypedDict):
     token: Word
     machine: str
-    pid: int
-    lock: str
-    facts: dict[str, Any]
-    began: Annotated[float, Field(ge=0, le=1e11)]
     lease: float
 
 

@@ -8,11 +8,13 @@ Each step (claim, finish, ...) writes our rows and Optuna's in **one** transacti
 moment leaves either both or neither. A failure that time mends is waited out, and the whole step done again.
 """
 
+import json
 import math
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +27,7 @@ from bpf.study import plan, schema
 from bpf.study.cells import Axis, Cell, Claim, Row
 from bpf.study.database import Database, LostConnection
 from bpf.study.growth import Growth
-from bpf.study.owner import Owner
+from bpf.study.owner import Owner, Progress
 from bpf.study.patience import explained, failing, patient
 from bpf.study.trials import Trials, check_optuna
 from bpf.study.view import StudyView, locks_of, read_settings
@@ -238,6 +240,23 @@ class Study(StudyView):
         finally:
             stop.set()
             thread.join()
+
+    def note(self, owner: Owner, progress: Progress) -> None:
+        """Let readers know how far the owner is. It never waits and never fails: a busy or absent database is left so.
+
+        On a server it is written together with the lease, every `RENEW_SECONDS`.
+        """
+        owner.facts = owner.facts | {"at": progress.model_dump()}
+        if self.database.path is None:
+            return
+        change = "UPDATE bpf_owners SET facts = ? WHERE experiment = ? AND token = ? AND lease > 0"
+        values = (json.dumps(owner.facts), self.experiment, owner.token)
+        place = f"{self.database.path.as_uri()}?mode=rw"
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(place, uri=True, timeout=0, isolation_level=None)) as connection,
+        ):
+            connection.execute(change, values)
 
     @patient
     def retire(self, owner: Owner) -> None:

@@ -66,6 +66,19 @@ def cores() -> int:
         return usable
 
 
+def crowding(device: torch.device, workers: int) -> tuple[float, float]:
+    """How many times as long something takes in each of so many workers as it takes now, in this process alone.
+
+    They share the processor cores, also with what else runs on this machine, or the GPUs of their kind. The second
+    number is for the case that the others will do twice as much.
+    """
+    if device.type != "cpu":
+        return (shared := max(1.0, workers / max(1, torch.cuda.device_count()))), shared
+    others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    now = max(1.0, (1 + others) / cores())
+    return max(1.0, (workers + others) / cores()) / now, max(1.0, (workers + 2 * others) / cores()) / now
+
+
 def cohort_cells(
     spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device, sharers: int = 1
 ) -> int:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bpf.interrupts import SIGNALS
+
 PRELOADED = (
     "bpf.workers.worker",
     "torch._dynamo",  # by the first step of an optimizer
@@ -41,22 +43,23 @@ def warm_up() -> None:
 
         forkserver.set_forkserver_preload(list(PRELOADED))
         with _ONE_AT_A_TIME, _import_path_handed_down():
-            resource_tracker.ensure_running()  # it lets interrupts through, even where they are held
-            with _interrupts_held():
+            with _signals_held():
+                resource_tracker.ensure_running()  # it lets interrupts through, even where they are held
+            with _signals_held():
                 forkserver.ensure_running()
 
 
 def start(target: Callable[..., object], *arguments: Any, name: str) -> BaseProcess:
     """A process that calls a function of an importable module, in the environment of this one. It ends with this one.
 
-    It never sees a Ctrl-C that comes while it is started.
+    It never sees a Ctrl-C that comes while it is started, and no SIGTERM before it has said `accept_signals`.
     """
     warm_up()
     context: Any = multiprocessing.get_context(METHOD)
     process: BaseProcess = context.Process(
         target=_call, args=(dict(os.environ), target, arguments), name=name, daemon=True
     )
-    with _ONE_AT_A_TIME, _interrupts_held(), _import_path_handed_down(), _main_module_hidden():
+    with _ONE_AT_A_TIME, _signals_held(), _import_path_handed_down(), _main_module_hidden():
         process.start()
     return process
 
@@ -67,13 +70,22 @@ def _call(environment: dict[str, str], target: Callable[..., object], arguments:
     target(*arguments)
 
 
+def accept_signals() -> None:
+    """Let the requests to stop come to this process, which has decided what to do about them."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(SIGNALS) - {signal.SIGINT})
+
+
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let what is started here never see Ctrl-C, which is meant for this process: it is delivered afterwards."""
+def _signals_held() -> Iterator[None]:
+    """Let what is started here not see Ctrl-C and the like, which are meant for this process and delivered afterwards.
+
+    `timeout` and some batch schedulers send their signals to every process of the group.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS))
     try:
         yield
     finally:
@@ -112,7 +124,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 @atexit.register
-def _end_server() -> None:
+def end_server() -> None:
     """End the server process at once: by itself it notices that this one has ended only after all its imports."""
     forkserver: Any = sys.modules.get("multiprocessing.forkserver")
     pid = forkserver and forkserver._forkserver._forkserver_pid

@@ -8,16 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from bpf.errors import BpfError
-
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""SIGUSR1 is what Slurm is asked to send some time before it kills (`--signal=USR1@120`)."""
-
-
-class Interrupted(BpfError):
-    """The user or the system asked to stop; everything is stored and released."""
-
-    exit_code = 130
+from bpf import interrupts
+from bpf.interrupts import SIGNALS, Interrupted
 
 
 class CutShort(Interrupted):
@@ -67,6 +59,7 @@ class Stop:
                 raise KeyboardInterrupt
             self.request()
 
+        interrupts.check()
         before = {number: signal.signal(number, ask) for number in SIGNALS}
         try:
             yield

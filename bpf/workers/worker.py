@@ -14,7 +14,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
 from bpf.files import explaining
+from bpf.interrupts import SIGNALS, Interrupted
 from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.cells import Claim, Row
-from bpf.study.database import Database
-from bpf.study.owner import Owner
+from bpf.study.owner import Owner, Progress
 from bpf.study.patience import PATIENCE_SECONDS
 from bpf.study.study import Fenced, Study
 from bpf.training import checkpoint
@@ -38,36 +37,14 @@ from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
 from bpf.workers.claims import ClaimTraining, stored_run
 from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
-from bpf.workers.stopping import SIGNALS, CutShort, Interrupted, Stop
+from bpf.workers.job import Job
+from bpf.workers.processes import accept_signals
+from bpf.workers.stopping import CutShort, Stop
 
-CHECKPOINT_SECONDS = 30.0
 FULL_DISK_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker works on, and where; it is pickled, as it goes to other processes.
-
-    `files` is where checkpoints and models lie; `sharers` is how
-    many workers use the device; `checkpoint_seconds` is the least time between two checkpoints of a cohort. `home` is
-    where relative paths begin, such as that of `folder:images`.
-    """
-
-    storage: Database
-    experiment: str
-    data_dir: Path
-    files: Path
-    device: str = "auto"
-    sharers: int = 1
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
-    home: Path = field(default_factory=Path.cwd)
-
-    def checkpoint(self, cohort: str) -> Path:
-        return self.files / "checkpoints" / f"{cohort}.pt"
-
-    @property
-    def models(self) -> Path:
-        return self.files / "models"
+NOTE_SECONDS = 5.0
+"""Least time between two notes of how far a cohort is; the first epoch is noted in any case if it took a while."""
+LONG_EPOCH_SECONDS = 1.0
 
 
 def work(job: Job, connection: Connection) -> None:
@@ -89,6 +66,7 @@ def work(job: Job, connection: Connection) -> None:
 
     for number in SIGNALS:  # Ctrl-C reaches the whole group; whoever started this process decides what it means
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
+    accept_signals()
     try:
         os.chdir(job.home)
         with closing(Study.open(job.storage, job.experiment)) as study:
@@ -194,12 +172,20 @@ class Worker:
         claim, first = training.claim, training.specs[0]
         shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
         self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
-        saved = time.monotonic()
+        at = self._begun(training)
+        self.study.note(self._owner, at)
+        saved = noted = time.monotonic()
         while not training.done:
             began = time.perf_counter()
             training.run_epoch()
-            speed = training.examples * training.stacked / (time.perf_counter() - began)
+            took = time.perf_counter() - began
+            speed = training.examples * training.stacked / took
+            at = at.after(training.epoch, took, speed)
             self.tell(Trained(training.epoch, speed, training.objective))
+            is_long = training.epoch == at.began + 1 and took >= LONG_EPOCH_SECONDS
+            if is_long or time.monotonic() - noted >= NOTE_SECONDS:
+                self.study.note(self._owner, at)
+                noted = time.monotonic()
             if self._owner.lost.is_set():
                 raise Fenced("The lease has run out.")
             if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
@@ -216,6 +202,23 @@ class Worker:
         except RunError:  # the database is gone for good: what is trained need not be trained again
             training.save()
             raise
+
+    def _begun(self, training: ClaimTraining) -> Progress:
+        """How far a cohort is that begins, or goes on, here."""
+        rows, first = training.claim.rows, training.specs[0]
+        return Progress.model_construct(  # unchecked, as readers check: nothing that is noted may end the training
+            rule=first.algorithm,
+            arch=first.arch,
+            activation=first.activation,
+            cells=len(rows),
+            executions=training.stacked,
+            began=training.epoch,
+            epoch=training.epoch,
+            epochs=training.epochs,
+            speed=0.0,
+            seconds=0.0,
+            cost=sum(row.cost * (self._executions - row.done) for row in rows) / self._executions,
+        )
 
     def _save(self, training: ClaimTraining) -> None:
         self._write(training.save)
