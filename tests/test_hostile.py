@@ -236,7 +236,16 @@ def test_a_foreign_database_gets_no_tables(
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql:/u:secret@h/db", "postgres:secret", "host=h password=secret", "HOST = h", "sqlite:x", "https:x"]
+    "url",
+    [
+        "postgresql:/u:secret@h/db",
+        "postgresql//u:secret@h/db",
+        "postgres:secret",
+        "host=h password=secret",
+        "HOST = h",
+        "sqlite:x",
+        "https:x",
+    ],
 )
 def test_what_is_meant_as_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -108,7 +108,8 @@ class Child:
     """A process that runs a script, tells by lines and is told by lines. Its standard error must stay empty."""
 
     def __init__(self, script: str, *arguments: str) -> None:
-        command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+        program = f"RESULT, RECORD = {RESULT!r}, {RECORD!r}\n{textwrap.dedent(script)}"
+        command = [sys.executable, "-c", program, *arguments]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, **pipes)
 
@@ -184,7 +185,12 @@ def test_optuna_reads_the_grid_as_its_own(url: str, study: Study, owner: Owner) 
     assert [trial.params for trial in read.trials] == [row.params for row in study.rows()]
     assert {trial.state for trial in read.trials} == {TrialState.COMPLETE}
     row = study.rows()[3]
-    assert read.trials[3].user_attrs == {"name": row.name, "cell": row.key, "attempt": 1, "result": {"loss": [3]}}
+    assert read.trials[3].user_attrs == {
+        "name": row.name,
+        "cell": row.key,
+        "attempt": 1,
+        "result": RESULT | {"loss": [3]},
+    }
     assert_ids_agree(url, study)
 
 
@@ -925,7 +931,8 @@ def test_a_worker_joins_with_what_the_environment_says(
         assert (done.returncode, done.stdout) == (0, "")
         assert done.stderr.endswith("Nothing is left to claim in mine.\n")
         assert outcomes(study) == in_sqlite
-    assert sorted(path.name for path in (tmp_path / "kept" / "mine").iterdir()) == ["checkpoints", "models"]
+    kept = sorted(path.name for path in (tmp_path / "kept" / "mine").iterdir())
+    assert kept == ["bpf-files.json", "checkpoints", "models"]
     assert not (tmp_path / "grid" / "models").exists()
     assert_no_secret(tmp_path, done.stdout, done.stderr, dump(url))
 
@@ -1063,6 +1070,6 @@ def test_a_database_says_nothing_of_its_password(url: str, account: tuple[str, s
         query(url, "DROP TABLE bpf_histories")
         with pytest.raises(RunError) as raised:
             study.finish(claim, claim.rows[0].key, 1.0, "complete", RESULT, [RECORD])
-        assert str(raised.value) == 'The study database failed: relation "bpf_histories" does not exist.'
+        assert str(raised.value) == f'The study database {place.public} failed: relation "bpf_histories" does not exist.'
         assert SECRET not in "".join(traceback.format_exception(raised.value))
     assert SECRET not in dump(url)

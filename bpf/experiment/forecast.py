@@ -22,9 +22,9 @@ LEAST_SLICE, LONGEST_SLICE = 0.1, 0.5
 START_SECONDS, CELL_SECONDS = 3.0, 0.02
 """From the command to the first epoch; and storing a cell with its model."""
 SHARE, AIM = 0.05, 0.045
+"""Trackers that take a larger share of the time are told, with an interval at which they take less."""
 SLOW = 3.0
 """Few machines are so many times slower than the one that `PRODUCTS_PER_SECOND` is from."""
-"""Trackers that take a larger share of the time are told, with an interval at which they take less."""
 
 
 @dataclass(frozen=True)

@@ -304,10 +304,12 @@ def _at(series: Mapping[str, Sequence[Any]], index: int) -> Record:
 
 def _write_csv(table: Table, file: IO[bytes]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    writer = csv.DictWriter(text, list(table.columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    text.detach()
+    try:
+        writer = csv.DictWriter(text, list(table.columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    finally:
+        text.detach()  # else it closes the file with itself
 
 
 def _write_json(table: Table, file: IO[bytes]) -> None:

@@ -28,7 +28,7 @@ _NETWORK_FILE_SYSTEMS = {
 _SILENCE = logging.NullHandler()
 _SECRETS = ("password", "sslpassword")
 _NO_PATH = re.compile(
-    r"^[a-z][a-z0-9+.-]+:|(^|\s)(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", re.IGNORECASE
+    r"^[a-z][a-z0-9+.-]+(:|//)|(^|\s)(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", re.IGNORECASE
 )
 """What is meant as a URL, such as `postgresql:/host`, or for libpq, such as `host=db password=...`."""
 _DISK_FULL = {"database or disk is full", "disk I/O error", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)}

@@ -221,7 +221,7 @@ def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool
 def living(connection: sa.Connection, experiment: str, locks: Path, here_only: bool) -> list[dict[str, Any]]:
     """The owners that are alive: `token`, `pid`, `facts`, `began`. What they say of themselves is not checked."""
     text = sa.type_coerce(owners.c.facts, sa.Text).label("facts")
-    query = sa.select(owners.c.token, owners.c.pid, owners.c.machine, owners.c.began, text)
+    query = sa.select(owners.c.token, owners.c.pid, owners.c.machine, owners.c.began, owners.c.lease, text)
     query = query.where(owners.c.experiment == experiment, owners.c.lease > 0)
     known = [record | {"facts": _parsed(record["facts"])} for record in map(dict, connection.execute(query).mappings())]
     tokens = [stored.word(record["token"]) for record in known]

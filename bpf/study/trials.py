@@ -117,14 +117,20 @@ class Trials:
 
     def begin(self, connection: sa.Connection, row: Row, study_id: int, axes: Sequence[Axis]) -> tuple[int, int]:
         """A running trial for a cell; returns its id and number."""
-        trial_id = self._storage.create_new_trial(study_id, self._template(row, axes))
+        try:
+            trial_id = self._storage.create_new_trial(study_id, self._template(row, axes))
+        except KeyError as error:
+            raise stored.Damage(f"there is no Optuna study with the id {study_id}, which {row.rule!r} has") from error
         number = connection.scalar(sa.select(_trials.c.number).where(_trials.c.trial_id == trial_id))
         return trial_id, cast(int, number)
 
     def note(self, trial_id: int, **attributes: Any) -> None:
         """Set user attributes of a running trial."""
-        for name, value in attributes.items():
-            self._storage.set_trial_user_attr(trial_id, name, value)
+        try:
+            for name, value in attributes.items():
+                self._storage.set_trial_user_attr(trial_id, name, value)
+        except KeyError as error:
+            raise stored.Damage(f"there is no trial with the id {trial_id}, which a cell has") from error
 
     def end(self, trial_id: int, state: str, value: float | None, **attributes: Any) -> None:
         """End a trial as complete, diverged or failed.
@@ -132,7 +138,8 @@ class Trials:
         Raises RunError if another program has deleted or ended it.
         """
         try:
-            self.note(trial_id, **attributes)
+            for name, attribute in attributes.items():
+                self._storage.set_trial_user_attr(trial_id, name, attribute)
             self._storage.set_trial_state_values(trial_id, _ENDS[state], None if value is None else [value])
         except (KeyError, UpdateFinishedTrialError):
             raise RunError(
