@@ -94,7 +94,7 @@ def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Pl
 
 
 def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
-    """The experiment of a single run in `directory`. Nothing is written yet."""
+    """The experiment of a single execution in `directory`. Nothing is written yet."""
     rules = load_rules([run.algorithm])
     check_run(run, rules[run.algorithm])
     if "," in run.device:
@@ -160,7 +160,7 @@ def run(
     """Plan what is missing and train until nothing is left.
 
     Everything that can be wrong with the request is found before anything is written. A grid is trained by worker
-    processes, a single run in this one. Raises Interrupted after a request to stop.
+    processes, a single execution in this one. Raises Interrupted after a request to stop.
     """
     from bpf.training import hardware
     from bpf.workers import supervisor

@@ -1,6 +1,7 @@
 """Saved models: what comes back is what was trained, to the bit; foreign and changed files are refused; their use."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,12 @@ from bpf.data import cache
 from bpf.data.base import Arrays
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
+from bpf.experiment.directory import prepare
+from bpf.experiment.grid import as_grid
+from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules
 from bpf.nn.network import Network
-from bpf.results import models
+from bpf.results import evaluation, models
 from bpf.results.evaluation import evaluate, predict
 from bpf.spec.run import RunSpec
 from bpf.training.cohort import Cohort
@@ -121,6 +125,66 @@ def test_a_loaded_model_gives_the_logits_and_the_losses_of_training_to_the_bit(c
         assert {"loss": scores["loss"], "error": scores["error"]} == record.test
         held_out = evaluate(path, data_dir=tmp_path, part="val")
         assert {"loss": held_out["loss"], "error": held_out["error"]} == record.val
+
+
+def in_an_experiment(directory: Path, data: Path, cohort: Cohort, digits) -> Path:
+    """A model in an experiment whose data sets lie in `data`."""
+    grid = as_grid(cohort.specs[0])
+    experiment = prepare(directory, "tune", grid, data)
+    experiment.directory.mkdir()
+    experiment.save(["bpf tune"])
+    return saved(model_path(directory / "models", "dfa", "key"), cohort, digits)
+
+
+def test_the_data_are_where_the_experiment_has_them(tmp_path, digits, monkeypatch):
+    (tmp_path / "sets").mkdir()
+    path = in_an_experiment(tmp_path / "ex", tmp_path / "sets", trained(digits, runs=1), digits)
+    asked = []
+
+    def spy(name, data_dir, *more):
+        asked.append(data_dir)
+        return cache.load(name, data_dir, *more)
+
+    monkeypatch.setattr(evaluation, "load", spy)
+    evaluate(path)
+    evaluate(path, data_dir=tmp_path / "mine")
+    monkeypatch.chdir(path.parent)
+    for relative in (path.name, f"../dfa/{path.name}", f"../../models/dfa/{path.name}"):
+        evaluate(relative)
+    (tmp_path / "link").symlink_to(path)
+    evaluate(tmp_path / "link")
+    (tmp_path / "ex" / "experiment.yaml").write_text("nothing")  # which a model does not need
+    evaluate(path)
+    (tmp_path / "copy" / "other" / "dfa").mkdir(parents=True)
+    (tmp_path / "copy" / "experiment.yaml").touch()
+    evaluate(shutil.copy(path, tmp_path / "copy" / "other" / "dfa"))
+    sets = tmp_path / "sets"
+    assert asked == [sets, tmp_path / "mine", sets, sets, sets, sets, Path("data"), Path("data")]
+
+
+def test_data_that_are_not_where_the_experiment_has_them(tmp_path, digits, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = in_an_experiment(tmp_path / "ex", tmp_path / "sets", trained(digits, runs=1), digits)
+    missing = npz(tmp_path / "few.npz").replace("few", "more")
+    plain = refused(evaluate, path, missing, tmp_path)
+    where = f"The data of the experiment {tmp_path / 'ex'}, which the model lies in, are in {tmp_path / 'sets'}"
+    cure = "Name another directory with --data-dir."
+    assert refused(evaluate, path, missing) == f"{plain}\n{where}, which is not there. {cure}"
+    (tmp_path / "sets").mkdir()
+    assert refused(evaluate, path, missing) == f"{plain}\n{where}. {cure}"
+
+
+def test_predictions_and_onnx_need_no_data(tmp_path, digits, monkeypatch):
+    pytest.importorskip("onnxscript")
+    path = in_an_experiment(tmp_path / "ex", tmp_path / "gone", trained(digits, runs=1), digits)
+    (image,) = folder_of(tmp_path / "pictures", digits, 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    relative = Path("..") / path.relative_to(tmp_path)
+    (found,) = predict(relative, [Path("..") / image.relative_to(tmp_path)])
+    assert found["class"] in DIGITS
+    assert models.export_onnx(relative, "m.onnx") == Path("m.onnx")
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["m.onnx"]
 
 
 @pytest.mark.parametrize("runs", [1, 3])

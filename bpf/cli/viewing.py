@@ -94,7 +94,7 @@ def best(
     experiment = opened(directory, storage)
     objective, rules, names = experiment.grid.objective, _listed(algorithm or []), _listed([per] if per else [])
     if not (names or as_csv or as_json):
-        tables.show_results(summary.ranking(experiment, top, rules), objective, experiment.directory)
+        tables.show_results(summary.ranking(experiment, top, rules), objective, experiment.directory, rules)
         return
     found = summary.best_per(experiment, names, rules) if names else summary.best(experiment, top, rules)
     if as_json:

@@ -77,8 +77,11 @@ def show_taken(taken: "Taken") -> None:
         say(line)
 
 
-def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
-    """The ranked cells of the experiment in `directory`, and each rule's winner on the test set."""
+def show_results(ranking: "Ranking", objective: str, directory: Path, rules: Sequence[str] = ()) -> None:
+    """The ranked cells of the experiment in `directory`, and each rule's winner on the test set.
+
+    `rules` are those that were asked for, if not all.
+    """
     counts = ranking.counts
     if not ranking.top:
         say(f"No complete cell yet ({', '.join(f'{count} {state}' for state, count in counts.items() if count)}).")
@@ -87,7 +90,8 @@ def show_results(ranking: "Ranking", objective: str, directory: Path) -> None:
     out.print(_table(f"Ranked by {objective}", ranking.top, ranking.varying, objective, test=False))
     if counts["complete"] > len(ranking.top):
         rest = counts["complete"] - len(ranking.top)
-        say(f"... and {rest} more; see `bpf best {quote(str(directory))} --top {counts['complete']}`.")
+        only = f" --algorithm {','.join(rules)}" if rules else ""
+        say(f"... and {rest} more; see `bpf best {quote(str(directory))}{only} --top {counts['complete']}`.")
     out.print()
     title = "The winner of each rule on the test set"
     out.print(_table(title, ranking.winners, ranking.varying, objective, test=True))

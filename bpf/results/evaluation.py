@@ -14,7 +14,7 @@ from bpf.data.base import Images
 from bpf.data.cache import Data, load, open_dataset
 from bpf.data.images import EXTENSIONS, decode
 from bpf.errors import BpfError, UsageError, did_you_mean
-from bpf.experiment.directory import open_experiment
+from bpf.experiment.file import read as read_experiment
 from bpf.experiment.grid import as_grid, expand
 from bpf.experiment.places import unexpanded
 from bpf.files import check_place, is_dir, is_file, write_atomically
@@ -43,25 +43,25 @@ def evaluate(
 
     Data sets lie in `data_dir`, or else where those of the experiment do that the model lies in, or in `data`.
 
-    `test` is the whole test set; `train` and `val` are the examples that a run with the model's spec trains on and
-    holds out, as they are: without augmentation. Images of `dataset` are scaled to the model's where the data set
+    `test` is the whole test set; `train` and `val` are the examples that an execution with the model's spec trains on
+    and holds out, as they are: without augmentation. Images of `dataset` are scaled to the model's where the data set
     allows it, or to `image_size`, in pixels.
 
     Returns what the model is: the `algorithm` and the `params` of its cell, and the `seed` of the execution that it is
     of; and `loss`, the mean per example, `error`, the fraction of wrong predictions, and `confusion`, how many examples
     of each true class (rows) are taken for each class (columns); the latter two are None in reconstruction. `loss` is
-    None if it is not finite. Batches, kernels and sums are those of training: a run on a CPU of the same kind had the
-    same test loss, bit for bit (but for layers of one unit, see `models.load`); one on a GPU had it to rounding.
+    None if it is not finite. Batches, kernels and sums are those of training: an execution on a CPU of the same kind
+    had the same test loss, bit for bit (but for layers of one unit, see `models.load`); one on a GPU to rounding.
 
     Raises UsageError for an unusable model, for data that do not fit it, and for a part that does not exist.
     """
     if part not in PARTS:
         raise UsageError(f"There is no part {part!r}.{did_you_mean(part, PARTS)}")
     model = read(path)
-    name, data_dir = dataset or model.spec.dataset, data_dir or _data_dir(Path(path))
+    name = dataset or model.spec.dataset
     if part == "val" and model.spec.val_frac == 0:
         raise UsageError(f"{path} was trained without a validation split (val_frac 0). Evaluate test or train.")
-    data = load(name, data_dir, image_size or _size(model, name, data_dir))
+    data = _load(model, name, data_dir, image_size)
     _check_data(model, data)
     spec = model.spec
     known = {"model": str(path), "algorithm": spec.algorithm, "params": _params(spec), "seed": spec.seed}
@@ -69,11 +69,28 @@ def evaluate(
         return {**known, "dataset": name, "part": part, **_scores(model, data, part)}
 
 
-def _data_dir(model: Path) -> Path:
-    """Where the data sets lie of the experiment that a model lies in, as EXPERIMENT/models/RULE/KEY.safetensors."""
-    with suppress(BpfError, IndexError):
-        return open_experiment(model.absolute().parents[2]).data_dir
-    return Path("data")
+def _experiment_of(path: Path) -> tuple[Path, Path] | None:
+    """The directory of the experiment that a model lies in, as models/RULE/KEY.safetensors, and where its data lie."""
+    for model in (path.absolute(), path.resolve()):
+        directory = model.parents[2] if len(model.parents) > 2 else model.parent
+        if model.parent.parent.name == "models" and (directory / "experiment.yaml").is_file():
+            with suppress(BpfError):  # the model may be used though its experiment cannot be read
+                return directory, Path(read_experiment(directory / "experiment.yaml").data_dir)
+    return None
+
+
+def _load(model: Model, name: str, data_dir: Path | None, image_size: int | None) -> Data:
+    """The data set, from `data_dir` or from where the experiment that the model lies in has its data."""
+    own = _experiment_of(model.path) if data_dir is None else None
+    place = data_dir or (own[1] if own is not None and own[1].is_dir() else Path("data"))
+    try:
+        return load(name, place, image_size or _size(model, name, place))
+    except UsageError as error:
+        if own is None:
+            raise
+        where = f"The data of the experiment {own[0]}, which the model lies in, are in {own[1]}"
+        missing = "" if own[1].is_dir() else ", which is not there"
+        raise UsageError(f"{error}\n{where}{missing}. Name another directory with --data-dir.") from error
 
 
 def _params(spec: RunSpec) -> dict[str, Any]:

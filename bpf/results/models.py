@@ -106,14 +106,14 @@ def load(path: str | Path) -> nn.Sequential:
 
     Takes images [N, C, H, W], uint8 or floating point, in 0..255, and gives logits [N, targets]; images of another
     shape are an AssertionError, which is what torch's graphs can raise, wherever they run. It has the attributes
-    `spec` (a dict, all fields of the run's spec), `classes` (their names in the order of the logits; of the data set's
-    labels in reconstruction) and `shape` (C, H, W).
+    `spec` (a dict, all fields of the execution's spec), `classes` (their names in the order of the logits; of the data
+    set's labels in reconstruction) and `shape` (C, H, W).
 
     The stages are activation modules of torch, and graphs of torch functions (`torch.fx.GraphModule`) with the
     parameters and running statistics; what `torch.save` or `torch.export` makes of them needs no bpf to load and run.
     Graphs and not `nn.Linear` and `nn.BatchNorm1d`, because those round differently: these apply the very kernels of
     training, so on one thread of the same kind of processor equal batches give equal bits. (In layers of one unit,
-    those of a run trained alone: a product with one vector is rounded differently from a stack of them.)
+    those of an execution trained alone: a product with one vector is rounded differently from a stack of them.)
 
     Raises UsageError, having run nothing from the file, for one that is missing, damaged, changed or not of bpf.
     """

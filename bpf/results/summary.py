@@ -204,7 +204,7 @@ def _rules(study: StudyView, only: Sequence[str]) -> list[str]:
 
 
 def train_report(experiment: Experiment) -> dict[str, Any]:
-    """What came out of a single run. Raises RunError with the cause if the rule failed."""
+    """What came out of a single execution. Raises RunError with the cause if the rule failed."""
     row = rows(experiment)[0]
     if row.state == "failed":
         last = (row.error or "").strip().splitlines()[-1]
