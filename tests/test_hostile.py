@@ -4,6 +4,8 @@ import itertools
 import os
 import shutil
 import sqlite3
+import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -154,6 +156,14 @@ DAMAGE = {
     "a state": ("UPDATE bpf_cells SET state = 'ready'", "state"),
     "a value": ("UPDATE bpf_cells SET value = 'low'", "value"),
     "no value": ("UPDATE bpf_cells SET value = NULL", "has no value"),
+    "params and spec": (
+        "UPDATE bpf_cells SET params = replace(params, '0.2', '0.5')",
+        "has lr 0.5, and in its spec 0.2",
+    ),
+    "a late epoch": (
+        "UPDATE bpf_cells SET result = replace(result, '\"best_epoch\": ', '\"best_epoch\": 9')",
+        "has no value",
+    ),
     "params": ("UPDATE bpf_cells SET params = '[1]'", "params"),
     "other params": ("UPDATE bpf_cells SET params = '{}' WHERE ordinal = 0", "has other parameters"),
     "no JSON": ("UPDATE bpf_cells SET result = '{'", "JSON"),
@@ -180,6 +190,43 @@ def test_histories_that_are_damaged(ex: Experiment, capsys: pytest.CaptureFixtur
         changed(ex, "UPDATE bpf_histories SET records = ?", content)
         code, told = said(capsys, "export", "ex", "--what", "history")
         assert (code, "is damaged: " in told) == (1, True)
+
+
+def test_a_journal_that_names_somebodys_file(ex: Experiment, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SQLite removes the super-journal that a rollback journal names when it has rolled it back."""
+    database, victim = ex.directory / "study.db", str(outside / "poetry.lock").encode()
+    page = int.from_bytes(database.read_bytes()[16:18], "big")
+    mark = bytes.fromhex("d9d505f920a163d7")
+    head = mark + struct.pack(">IIIII", 0, 0, database.stat().st_size // page, 512, page)
+    tail = struct.pack(">I", 2**30 // page + 1) + victim + struct.pack(">II", len(victim), sum(victim)) + mark
+    (ex.directory / "study.db-journal").write_bytes(head.ljust(512, b"\0") + tail)
+    for command in ("status", "clean", "resume"):
+        code, told = said(capsys, command, "ex")
+        assert (code, "study.db-journal is damaged: it names another file" in told) == (1, True)
+
+
+def test_git_runs_nothing_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in a directory that was unpacked from somewhere can ask git to run programs."""
+    repository = tmp_path / "unpacked"
+    repository.mkdir()
+    monkeypatch.chdir(repository)
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], check=True, capture_output=True)
+
+    git("init", "-q")
+    Path("a.txt").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    ran = tmp_path / "ran"
+    for name in ("core.fsmonitor", "filter.x.clean", "filter.x.process", "filter.X y.smudge", "diff.external"):
+        git("config", name, f"touch {ran}; cat")
+    Path(".gitattributes").write_text("*.txt filter=x diff=x\n")
+    Path("a.txt").write_text("2")
+    told = provenance.provenance([])["git"]
+    assert told is not None
+    assert told["dirty"]
+    assert not ran.exists()
 
 
 def test_a_history_that_explodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).parent.parent
 LIBRARIES = ("torch", "torchvision", "optuna", "numpy", "sqlalchemy")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
 GIT_SECONDS = 5.0
+_FILTER = re.compile(r"filter\..*\.(clean|smudge|process|required)", re.DOTALL | re.IGNORECASE)
 _GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 _GIB = 2**30
 
@@ -96,7 +97,7 @@ def _repository(directory: Path) -> dict[str, Any] | None:
     Only tracked files count as changed, as in `git describe --dirty`: experiments lie untracked in many
     working directories, and data sets take long to look through.
     """
-    text = _git(directory, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    text = _git(directory, "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty")
     if text is None:
         return None
     lines = text.splitlines()
@@ -119,7 +120,16 @@ def _is_checkout(package: Path) -> bool:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints in a directory, or None if it cannot say."""
+    """What git prints in a directory, or None if it cannot say. It runs no program that the repository asks for."""
+    own = _run_git(directory, "config", "--local", "--includes", "--name-only", "--list", "-z") or ""
+    filters = [
+        name for name in own.split("\0") if re.fullmatch(r"filter\..*\.(clean|smudge|process|required)", name, re.S)
+    ]
+    settings = ["core.fsmonitor=false", f"core.hooksPath={os.devnull}", *(f"{name}=" for name in filters)]
+    return _run_git(directory, *(word for setting in settings for word in ("-c", setting)), *arguments)
+
+
+def _run_git(directory: Path, *arguments: str) -> str | None:
     # A git hook sets these, and then git would look at the hook's repository wherever it is called.
     environment = {name: value for name, value in os.environ.items() if name not in _GIT_PLACES}
     try:

@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from filelock import FileLock
 
-from bpf.errors import UsageError, did_you_mean
+from bpf.errors import Damaged, UsageError, did_you_mean
 from bpf.files import exists, is_dir
 
 BUSY_SECONDS = 60.0
@@ -25,6 +25,7 @@ IDLE_SECONDS = 30
 _NETWORK_FILE_SYSTEMS = {
     *("afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs")
 }
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 _SILENCE = logging.NullHandler()
 _SECRETS = ("password", "sslpassword")
 _NO_PATH = re.compile(
@@ -195,11 +196,25 @@ class Database:
                 "--storage postgresql://USER@HOST/DATABASE."
             )
         self.check_foreign()
+        check_journal(self.path)
         with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 
 
+def check_journal(path: Path) -> None:
+    """Raise Damaged for a rollback journal beside a database that names another file, which SQLite would delete.
+
+    Journals of transactions over several databases end so. bpf's databases are alone, and have a write-ahead log.
+    """
+    journal = path.with_name(f"{path.name}-journal")
+    with suppress(OSError), journal.open("rb") as file:
+        file.seek(-len(_NAMES_ANOTHER), os.SEEK_END)
+        if file.read() == _NAMES_ANOTHER:
+            raise Damaged(journal, "it names another file, which opening the database would remove", "Move it away.")
+
+
 def _open_file(path: Path, reading: bool) -> sqlite3.Connection:
+    check_journal(path)
     options: dict[str, Any] = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
     if reading and not os.access(path.parent, os.W_OK):  # where even a reader could not make its own files
         live = path.with_name(f"{path.name}-shm").exists()

@@ -153,13 +153,19 @@ def row(record: Mapping[Any, Any]) -> Row:
     what = f"the cell {record['key']!r}"
     found = checked(_ROW, dict(record), what)
     checked(_SPEC, found.spec, f"the spec of {what}")
+    for name, given in found.params.items():
+        if found.spec.get(name, given) != given:
+            raise Damage(f"{what} has {name} {given!r}, and in its spec {found.spec[name]!r}")
     if found.result is not None:
         checked(_RESULT, found.result, f"the result of {what}")
     if found.state in ("complete", "diverged"):
         values = [one["objective"] for one in (found.result or {}).get("executions", ())]
-        whole = all(value is not None and math.isfinite(value) for value in (found.value, *values))
+        late = any(one["best_epoch"] > one["epochs"] for one in (found.result or {}).get("executions", ()))
+        whole = not late and all(value is not None and math.isfinite(value) for value in (found.value, *values))
         if not values or (found.state == "complete" and not whole):
-            raise Damage(f"the result of {what}, which is {found.state}, has no value for each of its executions")
+            raise Damage(
+                f"the result of {what}, which is {found.state}, has no value of an epoch for each of its executions"
+            )
     return found
 
 
