@@ -13,7 +13,7 @@ from bpf.errors import BpfError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 """SIGUSR1 is what Slurm is asked to send some time before it kills (`--signal=USR1@120`)."""
-NOTHING_BEGUN = "Interrupted at once. Nothing was begun."
+NOTHING_BEGUN = "Interrupted before anything was begun. Nothing is lost; the same command begins again."
 AGAIN_SECONDS = 0.05
 
 

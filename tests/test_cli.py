@@ -24,7 +24,7 @@ from safetensors import safe_open
 import bpf
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
-from bpf.interrupts import Interrupted
+from bpf.interrupts import NOTHING_BEGUN, Interrupted
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
@@ -510,7 +510,7 @@ def test_an_interruption_before_anything_is_planned(bpf_: Bpf, work: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(api, "load", load)
         for command in (GRID, f"{RUN} -q"):
-            assert bpf_(command) == Outcome(130, "", "Interrupted at once. Nothing was begun.\n")
+            assert bpf_(command) == Outcome(130, "", f"{NOTHING_BEGUN}\n")
     assert list(work.iterdir()) == []
 
 

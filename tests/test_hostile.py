@@ -168,7 +168,7 @@ DAMAGE = {
     "other params": ("UPDATE bpf_cells SET params = '{}' WHERE ordinal = 0", "has other parameters"),
     "no JSON": ("UPDATE bpf_cells SET result = '{'", "JSON"),
     "a result": ("UPDATE bpf_cells SET result = '{\"executions\": 5}'", "executions"),
-    "no executions": ("UPDATE bpf_cells SET result = '{\"executions\": []}'", "has no value for each"),
+    "no executions": ("UPDATE bpf_cells SET result = '{\"executions\": []}'", "has no value"),
     "settings": ("UPDATE bpf_experiment SET settings = '{\"spec\": []}'", "spec"),
     "a rule": ("UPDATE bpf_cells SET rule = '../x'", "rule"),
     "a count": ("UPDATE bpf_cells SET attempt = 'many'", "attempt"),

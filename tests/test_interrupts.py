@@ -15,7 +15,7 @@ import pytest
 
 from bpf import interrupts
 from bpf.experiment.directory import open_experiment
-from bpf.interrupts import Interrupted, interruptible, told_in_one_line
+from bpf.interrupts import NOTHING_BEGUN, Interrupted, interruptible, told_in_one_line
 from bpf.results import summary
 from bpf.workers import processes
 from bpf.workers.stopping import Stop
@@ -23,7 +23,7 @@ from test_processes import GRID, ROOT, options, processes_of
 from waiting import SECONDS, eventually
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
-AT_ONCE = "Interrupted at once. Nothing was begun.\n"
+AT_ONCE = f"{NOTHING_BEGUN}\n"
 LONG = GRID | {"epochs": 100_000}
 
 

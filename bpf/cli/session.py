@@ -36,7 +36,7 @@ def train_all(
 
     def told() -> str:
         last = f"Nothing finished is lost. Go on with: bpf resume {directory}"
-        return f"Interrupted at once. {last if experiment.begun else 'Nothing was begun.'}"
+        return f"Interrupted at once. {last}" if experiment.begun else interrupts.NOTHING_BEGUN
 
     with (
         interrupts.interruptible(told, at_once=True),
@@ -84,8 +84,10 @@ def interruptible(go_on: str, begun: Callable[[], bool] = lambda: True) -> Itera
     at_once: list[str] = []
 
     def told() -> str:
-        at_once.append(f"Nothing finished is lost. {go_on}" if begun() else "Nothing was begun.")
-        return f"Interrupted at once. {at_once[0]}"
+        at_once.append(
+            f"Interrupted at once. Nothing finished is lost. {go_on}" if begun() else interrupts.NOTHING_BEGUN
+        )
+        return at_once[0]
 
     try:
         with interrupts.interruptible(told):

@@ -102,7 +102,7 @@ def tune(
     if as_json and dry_run:
         print_json(planned.as_json() | {"handed_over": taken.as_json() if taken else None})
     elif shown:
-        tables.show_plan(planned, grid.executions_per_trial, directory, dry_run)
+        tables.show_plan(planned, grid, directory, dry_run)
     if plan_only and not dry_run:
         api.store_plan(experiment, command_line())
     elif not dry_run:

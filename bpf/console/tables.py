@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bpf.console.screen import one_line, out, say
+from bpf.spec.grid import GridSpec
 from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, tracking_share
 from bpf.words import SHORT, counted, describe, duration, number, percent, plus_minus, word
@@ -24,9 +25,9 @@ LONG_SECONDS = 60.0
 """In a shorter grid nobody need care what trackers cost."""
 
 
-def show_plan(planned: "Planned", executions: int, directory: Path, dry_run: bool) -> None:
-    """How many cells, executions and cohorts each rule has, how long that takes, and what was left out and why."""
-    grid, cohorts = planned.grid, planned.cohorts
+def show_plan(planned: "Planned", spec: GridSpec, directory: Path, dry_run: bool) -> None:
+    """How many cells, executions and cohorts each rule has, on what, for how long, and what was left out and why."""
+    grid, cohorts, executions = planned.grid, planned.cohorts, spec.executions_per_trial
     counts = Counter(cell.rule for cell in grid.cells)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("rule", "cells", "executions", "grid"):
@@ -38,6 +39,8 @@ def show_plan(planned: "Planned", executions: int, directory: Path, dry_run: boo
     made = "cells of equal structure, stacked and trained together"
     stacked = f", trained in about {counted(cohorts, 'cohort')} ({made})" if cohorts else ""
     say(f"{counted(len(grid.cells), 'cell')} of {counted(executions, 'execution')}{stacked}; experiment in {directory}")
+    used = f"{100 * (spec.examples_frac or 1):g} % of the training images of {spec.dataset} (--examples-frac)"
+    say(f"on {used}, {f'of which {100 * spec.val_frac:g} % are held out' if spec.val_frac else 'none held out'}")
     for line in _time(planned, dry_run):
         say(line)
     for left in grid.left_out:
@@ -135,7 +138,8 @@ def _spread(ranked: Sequence[Ranked]) -> str:
 def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objective: str, test: bool) -> Table:
     """Cells with the parameters `names`, or all of them if there is none that varies."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right")
+    if not test:  # which ranks nothing
+        table.add_column("#", justify="right")
     table.add_column("rule", no_wrap=True)
     measured = list(ranked[0].test) if test else []
     for heading in [f"test {name}" for name in measured] if test else [objective]:
@@ -145,7 +149,7 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
     for place, entry in enumerate(ranked, 1):
         epochs = sorted({min(entry.best_epochs), max(entry.best_epochs)})
         table.add_row(
-            str(place),
+            *([] if test else [str(place)]),
             entry.row.rule,
             *(plus_minus(name, entry.test[name]) for name in measured),
             *([] if test else [plus_minus(objective, entry.objective)]),
@@ -172,6 +176,8 @@ def show_status(status: dict[str, Any]) -> None:
         say(f"starting for {_age(starting)}, no worker is there yet")
     left = status["eta_seconds"]
     rest = "finished" if left == 0 else "time left not known yet" if left is None else f"about {duration(left)} left"
+    if left and not status["workers"]:
+        rest += " for one worker"
     say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
 
 

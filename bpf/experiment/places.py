@@ -1,5 +1,6 @@
 """Where experiments and their files lie: what they are called, which folders are theirs, and none behind a link."""
 
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,7 +91,10 @@ def model_path(models: Path, rule: str, key: str) -> Path:
 
 def unexpanded(path: Path) -> str:
     """What to say of a path that is not there if the shell was to make others of it."""
-    return ", as nothing matches this pattern" if re.search(r"[*?\[]", str(path)) else ""
+    if not re.search(r"[*?\[]", str(path)):
+        return ""
+    found = glob.glob(str(path))  # noqa: PTH207 - a pattern may be absolute
+    return ", as quotes kept the shell from expanding it" if found else ", as nothing matches this pattern"
 
 
 def named(name: str) -> str:

@@ -63,7 +63,7 @@ def ranking(block: Block) -> Section:
             of = f"The best {TOP} of {len(block.ranked)} complete cells; bpf export has all of them."
         found.append(_ranked(block, top, of))
     beyond = "At the edge of what was tried, so that better ones may lie beyond:"
-    edges = [f"{beyond} {edge}." for edge in block.further.edges]
+    edges = [f"{beyond} {'; '.join(map(str, block.further.edges))}."] if block.further.edges else []
     return Section("ranking", "Ranking", [note, *edges], found, codes=block.further.commands)
 
 
