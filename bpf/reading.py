@@ -1,26 +1,56 @@
 """Reading what may be damaged or hostile: texts of limited size, YAML and JSON without bombs, values of known types."""
 
+import errno
 import json
+import os
 import re
+import stat
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, StringConstraints, TypeAdapter, ValidationError
 
-LARGEST_TEXT = 64 * 2**20
+LARGEST_TEXT = 8 * 2**20
 """Bytes of a text file that is read whole."""
 MOST_REPEATED = 100_000
 """So many values a YAML file may stand for if it uses aliases; without them it is as long as it looks."""
 LONGEST_NAME, LONGEST_PATH = 255, 4_000
 """What file systems hold."""
 
+LONGEST_NUMBER = 100
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+SHORT_TEXT = 100_000
+_FAST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""For long texts; the other one tells better what is wrong."""
 T = TypeVar("T")
 
 
 def is_plain(text: str) -> bool:
     """Whether a text can be shown and stored as one line: no control characters, and nothing that is no character."""
     return not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text)
+
+
+def check_plain(text: str) -> str:
+    """A text that can be shown as one line. Raises ValueError."""
+    if not is_plain(text):
+        raise ValueError("it has control characters")
+    return text
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file to read. Raises OSError, and never waits: a pipe, a device or a socket is none."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def check_name(name: str) -> str:
@@ -54,7 +84,7 @@ PathText = Annotated[str, AfterValidator(check_path)]
 
 def text_of(path: Path, encoding: str = "utf-8") -> str:
     """The text in a file. Raises OSError, and ValueError for one that is too large or not text."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
         raise ValueError(f"it is larger than {LARGEST_TEXT // 2**20} MiB")
@@ -67,7 +97,7 @@ def text_of(path: Path, encoding: str = "utf-8") -> str:
 def yaml_of(text: str) -> Any:
     """The values in a YAML text, plain ones only. Raises ValueError that says what is wrong, and where."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = (_FAST if len(text) > SHORT_TEXT else yaml.SafeLoader)(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -114,6 +144,8 @@ def _count(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> in
     if id(node) in above:
         raise ValueError("an alias stands inside what it names")
     if id(node) not in sizes:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+            raise ValueError("a number is too long")
         parts: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]

@@ -160,6 +160,10 @@ DAMAGE = {
         "UPDATE bpf_cells SET params = replace(params, '0.2', '0.5')",
         "has lr 0.5, and in its spec 0.2",
     ),
+    "another value": ("UPDATE bpf_cells SET value = 0.001", "is not the mean of its executions"),
+    "a status": ("UPDATE bpf_cells SET result = replace(result, '\"complete\"', '\"diverged\"')", "other executions"),
+    "no scores": ("UPDATE bpf_cells SET result = replace(result, '\"loss\": 0', '\"lost\": 0')", "loss"),
+    "control characters": ("UPDATE bpf_cells SET params = replace(params, '\"lr\"', '\"lr\\u001b\"')", "control"),
     "a late epoch": (
         "UPDATE bpf_cells SET result = replace(result, '\"best_epoch\": ', '\"best_epoch\": 9')",
         "has no value",
@@ -203,6 +207,47 @@ def test_a_journal_that_names_somebodys_file(ex: Experiment, outside: Path, caps
     for command in ("status", "clean", "resume"):
         code, told = said(capsys, command, "ex")
         assert (code, "study.db-journal is damaged: it names another file" in told) == (1, True)
+
+
+def test_what_is_no_table(ex: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    changed(ex, "ALTER TABLE bpf_experiment RENAME TO x")
+    changed(
+        ex,
+        "CREATE VIEW bpf_experiment AS WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
+        "SELECT 'ex' AS name, 2 AS schema_version, settings FROM x, c WHERE n < 0",
+    )
+    assert said(capsys, "status", "ex")[0] == 1
+
+
+def test_owners_that_are_called_like_files(ex: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cell whose owner is `poetry`: its lock is none of bpf's, and stays."""
+    precious = ex.directory / "locks/poetry.lock"
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text(FOREIGN)
+    changed(ex, "UPDATE bpf_cells SET state = 'running', owner = 'poetry'")
+    said(capsys, "resume", "ex", "-q")
+    assert precious.read_text() == FOREIGN
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="only where there are pipes")
+def test_pipes_are_not_waited_for(ex: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ex.directory / "checkpoints").mkdir()
+    os.mkfifo(ex.directory / "checkpoints/0123456789abcdef.pt")
+    assert said(capsys, "clean", "ex")[0] == 0
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        os.mkfifo(tmp_path / "images" / name / "x.png")
+    code, told = said(capsys, "train", "one", "--dataset", "folder:images", "--algorithm", "bp", "-q")
+    assert (code, "cannot be read" in told) == (2, True)
+    os.mkfifo(tmp_path / "s.yaml")
+    assert said(capsys, "tune", "--spec", "s.yaml")[0] == 2
+
+
+def test_links_below_the_folders_are_seen(ex: Experiment, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ex.directory / "models").mkdir(exist_ok=True)
+    (ex.directory / "models/dfa").symlink_to(outside)
+    code, told = said(capsys, "resume", "ex", "-q")
+    assert (code, "ex/models/dfa is a link" in told) == (2, True)
 
 
 def test_git_runs_nothing_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +316,7 @@ def test_a_foreign_database_gets_no_tables(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with closing(sqlite3.connect(tmp_path / "firefox.sqlite")) as raw:
-        raw.execute("CREATE TABLE history (url TEXT)")
+        raw.execute("CREATE TABLE studies (id INTEGER, patient TEXT)")
         raw.commit()
     before = (tmp_path / "firefox.sqlite").read_bytes()
     code, told = said(capsys, "tune", "new", *GRID, "--lr", "0.1", "--storage", "sqlite:///firefox.sqlite", "-q")
@@ -339,6 +384,8 @@ def test_yaml_that_explodes() -> None:
         yaml_of("a: &a [*a]")
     with pytest.raises(ValueError, match="nested too deeply"):
         yaml_of("[" * 20_000)
+    with pytest.raises(ValueError, match="a number is too long"):
+        yaml_of("junk: 1" + ":59" * 1000)
     assert yaml_of("a: &a {x: 1}\nb: {<<: *a, y: 2}") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
     assert yaml_of("") is None
 

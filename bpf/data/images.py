@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from bpf.data.base import Images
 from bpf.errors import UsageError
+from bpf.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Of PIL's, those of the extensions: others could start programs."""
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _WIDE_MODES = ("I", "F")  # also I;16 and its variants
 _CHUNK = 128
@@ -93,7 +97,7 @@ def _decode_one(path: str, size: Size | None) -> Decoded:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with open_regular(Path(path)) as file, Image.open(file, formats=_FORMATS) as image:
             if image.mode.startswith(_WIDE_MODES):
                 return f"has more than 8 bits per channel (mode {image.mode})"
             if size is not None:

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from bpf.data.base import Arrays, Extent, disk_error, problem_of
 from bpf.errors import RunError, UsageError
 from bpf.files import sync_directory
-from bpf.reading import fitting, json_of, text_of
+from bpf.reading import fitting, json_of, open_regular, text_of
 
 FORMAT = 1
 META = "meta.json"
@@ -190,7 +190,7 @@ def _open(directory: Path, fingerprint: str) -> Arrays | None:
 
 def _checksum(path: Path) -> int:
     crc32 = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32

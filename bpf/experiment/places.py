@@ -36,7 +36,9 @@ _MARK: TypeAdapter[Mark] = TypeAdapter(Mark)
 
 def check_links(directory: Path, parts: Iterable[str] = PARTS) -> None:
     """Raise UsageError if what bpf writes to is a link: who made it may have meant any file by it."""
-    for path in (directory / part for part in parts):
+    named = [directory / part for part in parts]
+    inside = [path for folder in ("locks", *KEPT) for path in (directory / folder).glob("*")]
+    for path in (*named, *inside):
         if path.is_symlink():
             raise UsageError(
                 f"{path} is a link, and bpf neither writes nor deletes through links. Put what it stands for in its "

@@ -27,6 +27,7 @@ from bpf.extras import need
 from bpf.files import write_atomically
 from bpf.reading import file_name
 from bpf.results.exporting import Columns, measurements, parameters, scores, typed
+from bpf.spec.run import RunSpec
 from bpf.study.cells import Row
 from bpf.study.ranking import result_columns
 from bpf.words import describe
@@ -281,10 +282,13 @@ def _weights(experiment: Experiment, row: Row) -> dict[str, tuple[list[float], l
         from bpf.results.models import read  # torch, which is needed for nothing else here
 
         try:
-            tensors = read(path).tensors
+            model = read(path)
         except UsageError as error:
             raise RunError(f"{error} Move it away, and give the command again.") from error
-        for name, tensor in tensors.items():
+        spec, own = model.spec.identity(), RunSpec.model_validate(row.spec).identity()
+        if spec | {"seed": 0} != own | {"seed": 0}:
+            raise RunError(f"{path} is the model of another cell. Move it away, and give the command again.")
+        for name, tensor in model.tensors.items():
             values = tensor.numpy()
             counts, edges = np.histogram(values[np.isfinite(values)], bins=BINS)
             histograms[name] = edges.tolist(), counts.tolist()

@@ -26,6 +26,13 @@ _NETWORK_FILE_SYSTEMS = {
     *("afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs")
 }
 _NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+_TABLES = {
+    *("bpf_experiment", "bpf_rules", "bpf_cells", "bpf_histories", "bpf_owners", "alembic_version", "version_info"),
+    *("studies", "study_directions", "study_user_attributes", "study_system_attributes", "trials", "trial_params"),
+    *("trial_values", "trial_intermediate_values", "trial_heartbeats", "trial_user_attributes"),
+    *("trial_system_attributes", "sqlite_sequence", "sqlite_stat1"),
+}
+"""Those of bpf and of Optuna."""
 _SILENCE = logging.NullHandler()
 _SECRETS = ("password", "sslpassword")
 _NO_PATH = re.compile(
@@ -180,7 +187,7 @@ class Database:
             return
         with closing(_open_file(self.path, True)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables and not tables & {"bpf_experiment", "studies"}:
+        if tables - _TABLES or (tables and not tables & {"bpf_experiment", "version_info"}):
             raise UsageError(f"{self.path} is a database of something else. Choose another file.")
 
     def prepare(self) -> None:

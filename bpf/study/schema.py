@@ -128,6 +128,10 @@ def read_experiment(connection: sa.Connection, database: Database, wanted: str |
 
     Raises UsageError if there is none of that name, or one that this bpf cannot read.
     """
+    if connection.dialect.name == "sqlite":
+        made = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").first()
+        if made is not None:  # which could do anything, also never end
+            raise stored.Damage(f"{made[0]!r} is no table, and nothing else belongs into a study")
     if not sa.inspect(connection).has_table(experiments.name):
         raise UsageError(f"{database} is a database, but no bpf study.")
     versions = _versions(connection)

@@ -9,20 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from bpf.reading import Name, PathText, Word, fitting, json_of, text_of
+from bpf.reading import Name, PathText, Word, check_plain, fitting, json_of, text_of
 from bpf.study.cells import Axis, Point, Row, Tally, Value
 
-LARGEST_HISTORY = 2**30
+LARGEST_HISTORY = 2**28
+MOST_EXECUTIONS = 1000
 """Bytes of a cell's curves, unpacked."""
 MAX_EPOCHS = 1_000_000
 
 T = TypeVar("T")
-Scores = dict[str, float | None]
+Plain = Annotated[str, AfterValidator(check_plain)]
+Values = Annotated[list[float | None], FailFast()]
 Epochs = Annotated[int, Field(ge=0, le=MAX_EPOCHS)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Scores(TypedDict):
+    """On one part of the data; without an error in reconstruction."""
+
+    loss: float | None
+    error: Annotated[float, Field(ge=0, le=1)] | None
 
 
 class Execution(TypedDict):
@@ -43,7 +52,7 @@ class Execution(TypedDict):
 class Result(TypedDict, total=False):
     """What came out of a cell so far."""
 
-    executions: list[Execution]
+    executions: Annotated[list[Execution], FailFast()]
     seconds: Seconds
     added: bool
     device: str
@@ -59,8 +68,8 @@ class Curves(TypedDict):
     best_epoch: Epochs
     seconds: Seconds
     test: Scores | None
-    history: dict[str, list[float | None]]
-    tracked: NotRequired[dict[str, list[float | None]]]
+    history: dict[Plain, Values]
+    tracked: NotRequired[dict[Plain, Values]]
 
 
 class _Grid(TypedDict):
@@ -102,8 +111,8 @@ class _Experiment(TypedDict):
 _ROW: TypeAdapter[Row] = TypeAdapter(Row)
 _SPEC: TypeAdapter[_Spec] = TypeAdapter(_Spec)
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
-_HISTORY: TypeAdapter[list[Curves]] = TypeAdapter(list[Curves])
-_PARAMS: TypeAdapter[dict[str, Value]] = TypeAdapter(dict[str, Value])
+_HISTORY: TypeAdapter[list[Curves]] = TypeAdapter(Annotated[list[Curves], FailFast()])
+_PARAMS: TypeAdapter[dict[str, Value]] = TypeAdapter(dict[Plain, Plain | int | float | bool])
 _AXES: TypeAdapter[list[Axis]] = TypeAdapter(list[Axis])
 _TALLY: TypeAdapter[Tally] = TypeAdapter(Tally)
 _SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
@@ -156,6 +165,7 @@ def row(record: Mapping[Any, Any]) -> Row:
     for name, given in found.params.items():
         if found.spec.get(name, given) != given:
             raise Damage(f"{what} has {name} {given!r}, and in its spec {found.spec[name]!r}")
+    checked(_PARAMS, found.params, f"what makes {what}")
     if found.result is not None:
         checked(_RESULT, found.result, f"the result of {what}")
     if found.state in ("complete", "diverged"):
@@ -166,7 +176,24 @@ def row(record: Mapping[Any, Any]) -> Row:
             raise Damage(
                 f"the result of {what}, which is {found.state}, has no value of an epoch for each of its executions"
             )
+    _check_result(found, what)
     return found
+
+
+def _check_result(found: Row, what: str) -> None:
+    """Raise Damage for results that contradict themselves; those of tests, whose cells are of no data set, may."""
+    executions = (found.result or {}).get("executions", [])
+    if found.state not in ("complete", "diverged") or "dataset" not in found.spec:
+        return
+    if len({one["seed"] for one in executions}) < len(executions):
+        raise Damage(f"the result of {what} has a seed twice")
+    statuses = {one["status"] for one in executions}
+    if (found.state == "complete") != (statuses == {"complete"}):
+        raise Damage(f"the result of {what}, which is {found.state}, has other executions")
+    if found.state == "complete":
+        values = [one["objective"] for one in executions]
+        if not math.isclose(found.value or 0.0, math.fsum(values) / len(values), rel_tol=1e-9, abs_tol=1e-12):
+            raise Damage(f"the value of {what} is not the mean of its executions")
 
 
 def alike(found: list[Row]) -> list[Row]:
@@ -209,6 +236,8 @@ def tally(record: Mapping[Any, Any]) -> Tally:
 
 
 def history(value: Any, key: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > MOST_EXECUTIONS:
+        raise Damage(f"the history of the cell {key!r} is no list of executions")
     checked(_HISTORY, value, f"the history of the cell {key!r}")
     for record in value:
         if any(len(values) > record["epochs"] for values in record["history"].values()):

@@ -307,5 +307,7 @@ class Study(StudyView):
                 elif row.trial_id is not None:
                     self._optuna.note(row.trial_id, cause=row.cause)
             if self.database.path:
-                (self.locks / f"{token}.lock").unlink(missing_ok=True)
+                lock = self.locks / f"{token}.lock"
+                if lock in owners.lock_files(self.locks):
+                    lock.unlink(missing_ok=True)
         return left

@@ -25,7 +25,7 @@ from typing_extensions import Buffer, TypedDict
 from bpf.errors import RunError
 from bpf.files import explaining, write_atomically
 from bpf.reading import fitting as checked
-from bpf.reading import json_of
+from bpf.reading import json_of, open_regular
 from bpf.spec.run import RunSpec
 from bpf.training.record import Record
 
@@ -98,7 +98,7 @@ def load(path: Path, cohort: str) -> dict[str, Any]:
 def cells(path: Path) -> list[str]:
     """The names of the cells in a checkpoint of this format, unverified; empty for anything else."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(MARK)) != MARK:
                 return []
             file.seek(_DIGEST, 1)
