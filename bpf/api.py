@@ -87,6 +87,11 @@ class Effort:
             except ValueError as error:
                 raise UsageError(f"device {self.device!r} is not accepted: {error}.") from None
 
+    def check_one_device(self) -> None:
+        """Raise UsageError if there are several devices, for what is trained in one process."""
+        if "," in (self.device or ""):
+            raise UsageError(f"device {self.device}: one process trains on one device. Give one of them.")
+
 
 def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""
@@ -170,6 +175,8 @@ def run(
 
     spec = experiment.grid
     alone = experiment.kind == "train"
+    if alone:
+        effort.check_one_device()
     devices = hardware.devices(effort.device or spec.device, 1 if alone else effort.workers)
     loaded = _check(experiment)
     with experiment.running(), closing(_planned(experiment, command)) as study:
@@ -252,6 +259,7 @@ def join(
     from bpf.workers.stopping import Stop
     from bpf.workers.worker import Worker
 
+    effort.check_one_device()
     with closing(Study.open(storage, name)) as study:
         spec = stored_grid(study.spec)
         files = files.resolve() if files else Path(study.settings.get("files", ""))

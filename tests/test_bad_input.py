@@ -206,6 +206,21 @@ OPTIONS = {
     "report --output ' '": "An argument is empty: --output needs a value, or is to be left out.",
     "worker ex --device foo": f"device 'foo' is not accepted: {DEVICES}",
     "resume ex --device foo": f"device 'foo' is not accepted: {DEVICES}",
+    "worker --storage sqlite:///x.db --device cuda:0,cuda:1": (
+        "device cuda:0,cuda:1: one process trains on one device. Give one of them."
+    ),
+    "worker ex --device cuda:128": f"device 'cuda:128' is not accepted: {DEVICES}",
+    f"{TUNE} --max-hours 1_0": "--max-hours 1_0: give a number from 0 on.",
+    f"{TRAIN} --max-hours nan": "--max-hours nan: give a number from 0 on.",
+    "tune --max-hours -1": "--max-hours -1: give a number from 0 on.",
+    "resume --checkpoint-every -1": "--checkpoint-every -1: give a number from 0 on.",
+    "best --top 0": "--top 0: give a whole number from 1 on.",
+    "best --top x": "--top x: give a whole number from 1 on.",
+    "best --top 1_0": "--top 1_0: give a whole number from 1 on.",
+    "predict model image --top \u0663": "--top \u0663: give a whole number from 1 on.",
+    "tensorboard ex --port 65536": "--port 65536: give a whole number from 1 to 65535.",
+    "dashboard ex --port 8_080": "--port 8_080: give a whole number from 0 to 65535.",
+    "resume nowhere --notify=http://localhost/?token=": "nowhere is not an experiment: there is no such directory.",
     f"{TUNE} --workers \u0663": "--workers \u0663: give auto, or a number from 1 to 1024.",
     f"{TRAIN} --arch 500-0": f"--arch: '500-0' is not accepted: {UNITS}",
     f"{TRAIN} --arch 99999": f"--arch: '99999' is not accepted: {UNITS}",
@@ -327,11 +342,6 @@ COMMAND_LINE = {
     "--bogus": "No such option: --bogus",
     "train --lr": "Option '--lr' requires an argument.",
     "status a b": "Got unexpected extra argument(s) (b)",
-    "best --top 0": "Invalid value for '--top': Input should be greater than or equal to 1",
-    "best --top x": "Invalid value for '--top': Input should be a valid integer, unable to parse string as an integer",
-    "resume --checkpoint-every -1": "Invalid value for '--checkpoint-every': "
-    "Input should be greater than or equal to 0",
-    "tune --max-hours -1": "Invalid value for '--max-hours': Input should be greater than or equal to 0",
 }
 
 

@@ -252,7 +252,7 @@ def test_pandas_reads_the_same_from_every_format(experiment: Experiment, what: s
 @pytest.fixture(scope="module")
 def parquet_files(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     pytest.importorskip("pyarrow")
-    paths = exporting.metrics(experiment, tmp_path_factory.mktemp("metrics"))
+    paths = [path for path, _, _ in exporting.metrics(experiment, tmp_path_factory.mktemp("metrics"))]
     assert [path.name for path in paths] == ["bp.parquet", "dfa.parquet"]
     return paths
 
@@ -299,9 +299,10 @@ def test_metrics_are_in_row_groups_and_replace_what_was_there(
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(exporting, "ROW_GROUP", 8)
     for _ in range(2):
-        paths = exporting.metrics(experiment, tmp_path)
-        assert sorted(tmp_path.iterdir()) == paths
-        sizes = parquet.ParquetFile(paths[0]).metadata
+        made = exporting.metrics(experiment, tmp_path)
+        assert sorted(tmp_path.iterdir()) == [path for path, _, _ in made]
+        sizes = parquet.ParquetFile(made[0][0]).metadata
+        assert made[0][1:] == (sizes.num_rows, sizes.num_columns)
         assert [sizes.row_group(i).num_rows for i in range(sizes.num_row_groups)] == [8, 8, 4]
 
 

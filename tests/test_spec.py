@@ -383,6 +383,11 @@ def test_choices_and_bounds_in_words():
         assert bounds(model, "activation") == ""
 
 
+def test_words_among_options_are_no_numbers():
+    options = {"dfa": {"name": "a_1", "other": "\u00e4,nan", "list": ["1e-3", 7, True, None]}}
+    assert build(GridSpec, {**GRID, "options": options}).options == options
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
@@ -403,6 +408,9 @@ def test_choices_and_bounds_in_words():
         ("lr", "0.1,1e-1", "0.1 is there more than once"),
         ("algorithm", "bp,dfa,bp", "bp is there more than once"),
         ("batch_norm", "true,yes", "True is there more than once"),
+        ("options", {"dfa": {"scale": "1_0"}}, "'1_0' is no number: write it with the digits 0 to 9"),
+        ("options", {"dfa": {"scale": ["0.1", "\u0660.5"]}}, "'\u0660.5' is no number"),
+        ("device", "cuda:128", "give auto, cpu"),
         ("dataset", "folder:\x1b[2J", "control characters"),
         ("dataset", "folder:a\0b", "control characters"),
     ],

@@ -115,6 +115,7 @@ def test_runs_say_what_they_are(tmp_path: Path) -> None:
     assert (len(name), name.endswith(" brave-otter-417")) == (tensorboard.LONGEST, True)
     assert "/" not in tensorboard.run_name(long, ["x/../y"])
     assert "\x1b" not in tensorboard.run_name(long, ["x/../y"])
+    assert tensorboard.run_name(replace(long, params={"kind": "a é b"}), ["kind"]) == "kind=a___b brave-otter-417"
 
 
 def test_executions_have_curves_of_their_own_if_asked_for(tmp_path: Path) -> None:
@@ -135,6 +136,8 @@ def test_what_had_another_name_does_not_stay_beside_it(tmp_path: Path) -> None:
     logs, (row, other) = tmp_path / "logs", rows(experiment)
     older, with_notes = logs / "dfa" / row.name, logs / "dfa" / f"bn=no {other.name}"
     foreign = [logs / "dfa" / f"x{row.name}" / tensorboard.FILE, with_notes / "notes.txt", logs / "dfa/mine/events.out"]
+    foreign += [logs / "dfa" / f"{mine} {row.name}" / tensorboard.FILE for mine in ("mine", "of lr=1")]
+    foreign += [logs / "dfa" / f"lr=7 {row.name}" / tensorboard.FILE / "a folder of that name"]
     for path in (older / tensorboard.FILE, with_notes / tensorboard.FILE, *foreign):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("older")
@@ -143,6 +146,18 @@ def test_what_had_another_name_does_not_stay_beside_it(tmp_path: Path) -> None:
     assert not older.exists()
     assert not (with_notes / tensorboard.FILE).exists()
     assert all(path.read_text() == "older" for path in foreign)
+
+
+def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
+    experiment = finished(tmp_path / "mine", invent, lr=LRS[:2])
+    logs, (row, _) = tmp_path / "logs", rows(experiment)
+    kept = tmp_path / "elsewhere" / row.name / tensorboard.FILE
+    kept.parent.mkdir(parents=True)
+    kept.write_text("older")
+    logs.mkdir()
+    (logs / "dfa").symlink_to(tmp_path / "elsewhere")
+    tensorboard.write(experiment, logs)
+    assert kept.read_text() == "older"
 
 
 def test_writing_again_replaces(tmp_path: Path) -> None:

@@ -136,7 +136,10 @@ def test_export_prints_or_writes(directory: Path, told: Callable[..., str], tmp_
     written = pandas.read_parquet(tmp_path / "h.parquet")
     assert len(written) == len(bpf.open(directory).history())
     files = told("export", directory, "--what", "metrics", "--output", tmp_path / "metrics").splitlines()
-    assert [Path(file).name for file in files] == ["bp.parquet", "dfa.parquet"]
+    for file, rule in zip(files, ("bp", "dfa"), strict=True):
+        path = tmp_path / "metrics" / f"{rule}.parquet"
+        rows, columns = pandas.read_parquet(path).shape
+        assert file == f"{path}: {rows} rows of {columns} columns"
     refused = told("export", directory, "--format", "parquet", code=2)
     assert refused == "Error: --format parquet is not for a terminal: give --output FILE.\n"
 
@@ -273,9 +276,9 @@ def test_the_best_per_parameter(directory: Path, told: Callable[..., str]) -> No
     assert [(one["rank"], one["key"]) for one in best] == [(n, entry.row.key) for n, entry in enumerate(cells, 1)]
     header = told("best", directory, "--csv").splitlines()[0]
     assert header.split(",")[:3] == ["rank", "algorithm", "arch"]
-    assert sorted(header.split(",")) == sorted(
-        told("best", directory, "--per", "lr", "--csv").splitlines()[0].split(",")
-    )
+    for more in (("--per", "lr"), ("--per", "lr,arch"), ("--algorithm", "bp"), ("--algorithm", "bp", "--per", "lr")):
+        assert told("best", directory, "--csv", *more).splitlines()[0] == header
+    assert len(told("best", directory, "--per", "lr", "--top", "1", "--csv").splitlines()) == 2
     assert "The best by loss per arch" in told("best", directory, "--per", "arch")
     assert told("best", directory, "--per", "archs", code=2) == (
         "Error: 'archs' is no parameter of this grid. Did you mean 'arch'?\n"

@@ -1,6 +1,7 @@
 """The command line. The only place that turns errors into text and exit codes."""
 
 import os
+import re
 import sys
 import traceback
 from contextlib import nullcontext
@@ -87,7 +88,7 @@ def _main(arguments: list[str] | None) -> None:
 def _check_filled(arguments: list[str]) -> None:
     """Refuse empty arguments: `""` would be the current directory where a directory is meant."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+        if not argument.strip() or re.fullmatch("--[a-z-]+=", argument):
             name = argument if argument.strip() else before if before.startswith("--") else "it"
             raise UsageError(f"An argument is empty: {name} needs a value, or is to be left out.")
 

@@ -2,18 +2,36 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bpf.errors import UsageError
+from bpf.spec.values import is_number
 
 if TYPE_CHECKING:
     from bpf.experiment.directory import Experiment, Place
 
 RUNS = Path("runs")
 TOP = 10
+
+
+def number_for(option: str, kind: type, least: int, most: int | None = None) -> Callable[[str | float], Any]:
+    """A parser of an option's number, an int or a float (`kind`) between two bounds, written in ASCII."""
+
+    def parse(given: str | float) -> Any:
+        text = str(given).strip()
+        if is_number(text) and not (kind is int and set(text) & set(".eE")):
+            number = kind(text)
+            if least <= number <= (float("inf") if most is None else most) and number != float("inf"):
+                return number
+        limits = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{option} {given}: give a {'whole ' if kind is int else ''}number {limits}.")
+
+    return parse
+
 
 Directory = Annotated[Path | None, typer.Argument(help="The experiment's directory.", show_default=False)]
 SpecFile = Annotated[
@@ -41,12 +59,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each finished cell.", callback=_one_of_them)]
 CheckpointEvery = Annotated[
     float,
-    typer.Option("--checkpoint-every", min=0.0, help="Least seconds between two checkpoints.", metavar="SECONDS"),
+    typer.Option(
+        "--checkpoint-every",
+        parser=number_for("--checkpoint-every", float, 0),
+        help="Least seconds between two checkpoints.",
+        metavar="SECONDS",
+    ),
 ]
 MaxHours = Annotated[
     float | None,
     typer.Option(
-        "--max-hours", min=0.0, help="Stop by itself after this time, as with Ctrl-C.", metavar="H", show_default=False
+        "--max-hours",
+        parser=number_for("--max-hours", float, 0),
+        help="Stop by itself after this time, as with Ctrl-C.",
+        metavar="H",
+        show_default=False,
     ),
 ]
 Workers = Annotated[

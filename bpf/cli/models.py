@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bpf.cli.arguments import AsJson, print_json
+from bpf.cli.arguments import AsJson, number_for, print_json
 from bpf.console.screen import say, tell
 
 Model = Annotated[Path, typer.Argument(help="A saved model, such as RUN/models/dfa/KEY.safetensors.", metavar="MODEL")]
@@ -46,7 +46,9 @@ def evaluate(
 def predict(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGES...")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.", metavar="N")] = 1,
+    top: Annotated[
+        int, typer.Option(parser=number_for("--top", int, 1), help="How many classes of each image.", metavar="N")
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option(help="A folder for reconstructed images.", metavar="DIR", show_default=False),

@@ -1,7 +1,6 @@
 """Command-line options made from a spec's fields: one definition of every name, default and range."""
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import DROPOUTS, TUNABLE
 from bpf.spec.run import RunSpec, Settings
+from bpf.spec.values import is_number
 
 PANELS = {
     "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),
@@ -70,20 +70,22 @@ def merge(spec_file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """The fields of a spec file and of the command line; the command line wins, field by field."""
     merged = {**spec_file, **given}
     if "options" in given:
-        merged["options"] = _merged_options(spec_file.get("options") or {}, given["options"])
+        merged["options"] = _merged_options(spec_file.get("options"), given["options"])
     return merged
 
 
 def is_value(word: str) -> bool:
     """Whether a word is more likely the value of an option than a directory: a number, a choice or a rule's name."""
     return (
-        re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|true|false|yes|no", word, re.IGNORECASE) is not None
+        is_number(word)
+        or word.lower() in ("true", "false", "yes", "no")
         or any(word in choices(name) for name in RunSpec.model_fields)
         or word in Registry(ALGORITHMS).names()
     )
 
 
 def _merged_options(in_file: Any, assignments: list[str]) -> dict[str, dict[str, Any]]:
+    in_file = {} if in_file is None else in_file
     if not isinstance(in_file, dict) or not all(isinstance(values, dict) for values in in_file.values()):
         raise UsageError(f"options: {in_file!r} is not accepted: give each rule its options, as RULE: {{NAME: VALUE}}.")
     options = {rule: dict(values) for rule, values in in_file.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpf.cli.arguments import TOP, AsJson, Directory, Storage, opened, print_json
+from bpf.cli.arguments import TOP, AsJson, Directory, Storage, number_for, opened, print_json
 from bpf.console.screen import say, tell
 from bpf.errors import UsageError, did_you_mean
 from bpf.words import counted
@@ -67,7 +67,15 @@ def status(
 
 def best(
     directory: Directory = None,
-    top: Annotated[int, typer.Option(min=1, help="How many cells.", metavar="N")] = TOP,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            parser=number_for("--top", int, 1),
+            help=f"How many cells; by default {TOP}, or all with --per.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     algorithm: Annotated[
         list[str] | None,
         typer.Option(help="Only cells of these learning rules.", metavar="RULE,...", show_default=False),
@@ -94,13 +102,14 @@ def best(
     experiment = opened(directory, storage)
     objective, rules, names = experiment.grid.objective, _listed(algorithm or []), _listed([per] if per else [])
     if not (names or as_csv or as_json):
-        tables.show_results(summary.ranking(experiment, top, rules), objective, experiment.directory, rules)
+        tables.show_results(summary.ranking(experiment, top or TOP, rules), objective, experiment.directory, rules)
         return
-    found = summary.best_per(experiment, names, rules) if names else summary.best(experiment, top, rules)
+    found = summary.best_per(experiment, names, rules)[:top] if names else summary.best(experiment, top or TOP, rules)
     if as_json:
         print_json(ranking.as_json(found, objective))
     elif as_csv:
-        _print_csv(ranking.best_columns(found, names), names)
+        parameters = summary.parameters(experiment)
+        _print_csv(ranking.best_columns(found, parameters), parameters)
     else:
         tables.show_best_per(found, names, summary.varying(experiment), objective)
 
@@ -189,8 +198,8 @@ def export(
         raise UsageError(f"--what metrics is written as parquet. Leave out --format {asked}.")
     experiment = opened(directory, storage)
     if what == "metrics":
-        for path in exporting.metrics(experiment, output or experiment.directory / "metrics"):
-            say(str(path))
+        for path, rows, columns in exporting.metrics(experiment, output or experiment.directory / "metrics"):
+            say(f"{path}: {counted(rows, 'row')} of {columns} columns")
         return
     if output is None and format_ == "parquet":
         raise UsageError("--format parquet is not for a terminal: give --output FILE.")
@@ -274,7 +283,12 @@ def tensorboard(
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="By default the first free one from 6006 on.", show_default=False),
+        typer.Option(
+            parser=number_for("--port", int, 1, 65535),
+            help="By default the first free one from 6006 on.",
+            metavar="N",
+            show_default=False,
+        ),
     ] = None,
     per: Annotated[
         str,
@@ -302,7 +316,9 @@ def tensorboard(
 
 def dashboard(
     directory: Directory = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option(parser=number_for("--port", int, 0, 65535), help="0 takes any free one.", metavar="N")
+    ] = 8080,
     storage: Storage = None,
 ) -> None:
     """Show an experiment in optuna-dashboard, on this machine only."""

@@ -132,8 +132,8 @@ def check_table(output: Path) -> None:
     check_output(output, "table that bpf has exported", _MADE)
 
 
-def metrics(experiment: Experiment, directory: Path) -> list[Path]:
-    """Write one Parquet file per learning rule that has trained anything; returns their paths.
+def metrics(experiment: Experiment, directory: Path) -> list[tuple[Path, int, int]]:
+    """Write one Parquet file per learning rule that has trained anything; returns each one's path, rows and columns.
 
     Its rows are the epochs of each execution together with what the trackers measured at them, and rows of their own,
     without losses, for measurements before training (epoch 0) and between epochs. Each repeats the cell's parameters,
@@ -141,7 +141,7 @@ def metrics(experiment: Experiment, directory: Path) -> list[Path]:
     Raises UsageError, having written nothing, if a file would replace something else than an earlier one.
     """
     check_place(directory)
-    paths = []
+    written = []
     with closing(experiment.read_study()) as study:
         places = {rule: directory / f"{file_name(rule)}.parquet" for rule in _rules(study)}
         for path in places.values():
@@ -149,9 +149,8 @@ def metrics(experiment: Experiment, directory: Path) -> list[Path]:
         for rule, path in places.items():
             made = _metrics(study, rule)
             if made is not None:
-                paths.append(path)
-                write_atomically(paths[-1], partial(write, made, "parquet"))
-    return paths
+                written.append((path, save(made, "parquet", path), len(made.columns)))
+    return written
 
 
 def parameters(study: StudyView, rules: Sequence[str]) -> Columns:

@@ -155,6 +155,13 @@ def best(experiment: Experiment, top: int = MAX_CELLS, only: Sequence[str] = ())
         return _leaders(study, top, _rules(study, only))[:top]
 
 
+def parameters(experiment: Experiment) -> list[str]:
+    """The parameters of all rules' cells, in the order of the first rule."""
+    with closing(experiment.read_study()) as study:
+        names = dict.fromkeys(axis.name for rule in study.rules() for axis in study.axes(rule))
+        return list(names | ({"lr": None} if study.spec.get("lr_from") else {}))
+
+
 def best_per(experiment: Experiment, names: Sequence[str], only: Sequence[str] = ()) -> list[Ranked]:
     """As `best`, but the best cell of each rule for each combination of the parameters `names`."""
     with closing(experiment.read_study()) as study:

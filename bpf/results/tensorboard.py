@@ -70,9 +70,9 @@ def write(experiment: Experiment, directory: Path, per: str = "cell") -> int:
                     weights = _weights(experiment, row) if best and best[0] == row.key else {}
                     folder = directory / file_name(rule)
                     name = run_name(row, study.varying())
-                    _discard_others(folder, row.name, name)
                     each = per == "execution"
                     events.write(folder / name / FILE, _cell(events, row, columns, records, weights, each))
+                    _discard_others(folder, row.name, name)
                     written += 1
     return written
 
@@ -82,16 +82,24 @@ def run_name(row: Row, varying: Collection[str]) -> str:
 
     It is a part of a path, of at most `LONGEST` characters.
     """
-    told = file_name(describe({name: value for name, value in row.chosen.items() if name in varying}), " =")
-    return f"{told[: LONGEST - len(row.name) - 1]} {row.name}".strip()
+    told = [describe({name: value}) for name, value in row.chosen.items() if name in varying]
+    words = " ".join(re.sub(r"[^\w.=+-]", "_", one, flags=re.ASCII) for one in told)
+    return f"{words[: LONGEST - len(row.name) - 1]} {row.name}".strip()
 
 
 def _discard_others(folder: Path, cell: str, name: str) -> None:
-    """Remove what was written for the cell under another name: the file, and its folder if nothing else is in it."""
-    for other in folder.glob(f"*{cell}"):
-        own = re.fullmatch(rf"(?:[^/]* )?{cell}", other.name) and other.name != name
-        if own and not other.is_symlink() and not (other / FILE).is_symlink():
-            (other / FILE).unlink(missing_ok=True)
+    """Remove what was written for the cell under another name: the file, and its folder if nothing else is in it.
+
+    Such a name is the cell's own, or has parameters before it, of which the last may have been cut.
+    """
+    if folder.is_symlink():
+        return
+    for other in folder.iterdir():
+        *words, last = other.name.split(" ")
+        made = last == cell and all("=" in word for word in words[:-1]) and (len(words) != 1 or "=" in words[0])
+        file = other / FILE
+        if made and other.name != name and not other.is_symlink() and not file.is_symlink() and file.is_file():
+            file.unlink()
             with suppress(OSError):
                 other.rmdir()
 

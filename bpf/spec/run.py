@@ -37,6 +37,7 @@ from bpf.spec.values import (
     check_factor,
     check_interval,
     check_line,
+    check_options,
     distinct,
     none_or_many,
 )
@@ -108,7 +109,7 @@ class Settings(Frozen):
         "1", description="How often to measure: every N epochs, or every N steps as in `100 steps`."
     )
     allow_unstable: bool = Field(False, description="Allow combinations known to diverge, such as drtp with relu.")
-    options: dict[str, dict[str, Any]] = Field(
+    options: Annotated[dict[str, dict[str, Any]], AfterValidator(check_options)] = Field(
         default_factory=dict,
         description="A rule's own options as RULE.NAME=VALUE (see `bpf algorithms RULE`).",
     )

@@ -1,5 +1,6 @@
 """The values that settings take: words, numbers in their ranges, lists of them, and how they may be written."""
 
+import math
 import re
 import typing
 from typing import Annotated, Any, Literal
@@ -53,7 +54,7 @@ def check_interval(value: Any) -> str:
 
 
 def check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?(,cuda:[0-9]+)*", value):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:N)?(,cuda:N)*".replace("N", "(0|[1-9][0-9]?)"), value):
         raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
     return value
 
@@ -78,6 +79,25 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if twice:
         raise ValueError(f"{twice[0]} is there more than once")
     return values
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number as bpf reads them: in ASCII, with nothing between its digits."""
+    return re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) is not None
+
+
+def check_options(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """As `check_digits` for a rule's options, whose types are not known here: of what Python takes for a number."""
+    for value in (value for values in options.values() for value in values.values()):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            for text in item.split(",") if isinstance(item, str) else []:
+                try:
+                    odd = math.isfinite(float(text)) and not is_number(text.strip())
+                except ValueError:
+                    continue
+                if odd:
+                    raise ValueError(f"{text!r} is no number: write it with the digits 0 to 9, such as 1000 or 0.001")
+    return options
 
 
 def check_digits(value: Any) -> None:
