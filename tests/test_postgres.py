@@ -953,7 +953,7 @@ def test_a_worker_that_is_fenced_while_it_trains_goes_on_with_the_next_claim(
                 patch.setattr(owners, "dead", lambda *arguments: {worker._owner.token})
                 claim = claimed(other, second)
                 for row in claim.rows:
-                    other.finish(claim, row.key, 0.125, "complete", RESULT, [RECORD])
+                    other.finish(claim, row.key, 0.5, "complete", RESULT, [RECORD])
                     taken.append(row.key)
             assert lost.wait(SECONDS)
 
@@ -970,7 +970,7 @@ def test_a_worker_that_is_fenced_while_it_trains_goes_on_with_the_next_claim(
     assert {key: outcome for key, outcome in found.items() if key not in taken} == {
         key: outcome for key, outcome in in_sqlite.items() if key not in taken
     }
-    assert {found[key] for key in taken if found.update({key: found[key][:2]}) is None} == {("complete", 0.125)}
+    assert {found[key] for key in taken if found.update({key: found[key][:2]}) is None} == {("complete", 0.5)}
 
 
 # What a person is told

@@ -38,6 +38,7 @@ from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.job import Job
 from bpf.workers.worker import Worker
+from invented import RECORD, RESULT
 from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +234,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     rates = Axis("lr", [float(1 + number) for number in range(300)], low=1e-10, high=1e3, log=True)
-    cells = [Cell(f"lr={rate}", "dfa", "one", {"lr": rate}, {}) for rate in rates.values]
+    cells = [Cell(f"lr-{rate:.0f}", "dfa", "one", {"lr": rate}, {"epochs": 1}) for rate in rates.values]
     with Study.create(path, "mine", {}) as study:
         study.plan({"dfa": [rates]}, cells)
     script = """
@@ -244,10 +245,11 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", {}, [{"loss": [1.0]}])
+                    study.finish(claim, row.key, row.params["lr"], "complete", RESULT, [RECORD])
                     print(row.key)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    program = f"RESULT, RECORD = {RESULT!r}, {RECORD!r}\n{textwrap.dedent(script)}"
+    command = [sys.executable, "-c", program, str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     children = [subprocess.Popen(command, env=environment, **pipes) for _ in range(8)]  # type: ignore[call-overload]
