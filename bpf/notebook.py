@@ -20,7 +20,7 @@ from bpf.experiment import handover
 from bpf.experiment.directory import Experiment, Place, open_experiment
 from bpf.experiment.places import model_path
 from bpf.extras import need
-from bpf.interrupts import interruptible, told_in_one_line
+from bpf.interrupts import NOTHING_BEGUN, interruptible, told_in_one_line
 from bpf.results import exporting, summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
@@ -151,8 +151,8 @@ def _interruptible(directory: Path) -> Iterator[None]:
 
     def told() -> str:
         begun = (directory / "experiment.yaml").exists()
-        last = f"Nothing finished is lost; the same call goes on in {directory}." if begun else "Nothing was begun."
-        return f"Interrupted at once. {last}"
+        last = f"Nothing finished is lost; the same call goes on in {directory}."
+        return f"Interrupted at once. {last}" if begun else NOTHING_BEGUN
 
     with told_in_one_line(), interruptible(told):
         yield

@@ -298,7 +298,7 @@ def test_a_command_with_a_time_limit(seconds: str, tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 124
     [line] = said.splitlines()
-    assert line.startswith(("Interrupted at once. ", "Stopped, and everything is stored. "))
+    assert line.startswith(("Interrupted at once. ", NOTHING_BEGUN, "Stopped, and everything is stored. "))
     eventually(lambda: processes_of(process.pid) == [])
 
 
