@@ -437,7 +437,7 @@ def test_four_processes_claim_each_cell_once(path: Path) -> None:
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", RESULT | {"owner": owner.token})
+                    study.finish(claim, row.key, row.params["lr"], "complete", {"owner": owner.token})
                     print(row.key)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
