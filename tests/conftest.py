@@ -91,6 +91,15 @@ def in_workers(in_this_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Supervisor, "run", RUN)
 
 
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and nothing in the environment that says where data and studies lie."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("BPF_DATA_DIR", "BPF_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
 @contextmanager
 def running() -> Iterator[PostgresServer]:
     reason = PostgresServer.missing()

@@ -65,3 +65,21 @@ def record(
 RECORD = record(0, [0.5])
 RESULT = outcome([{name: value for name, value in RECORD.items() if name not in ("history", "tracked")}])[2]
 """What came out of some cell: for tests of what happens to it, and not of what it says."""
+DIVERGED = RESULT | {"executions": [RESULT["executions"][0] | {"status": "diverged", "objective": None, "test": None}]}
+
+
+def result(value: float, **more: Any) -> dict[str, Any]:
+    """What came out of a cell with this value."""
+    return RESULT | {"executions": [RESULT["executions"][0] | {"objective": value}]} | more
+
+
+IN_SCRIPTS = f"""
+RESULT, DIVERGED, RECORD = {RESULT!r}, {DIVERGED!r}, {RECORD!r}
+
+
+def result(value, **more):
+    return RESULT | {{"executions": [RESULT["executions"][0] | {{"objective": value}}]}} | more
+
+
+"""
+"""The same for a program that a test starts."""

@@ -3,8 +3,18 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from bpf.experiment.directory import open_experiment
+from bpf.interrupts import Interrupted
+from bpf.workers.events import Trained
+from bpf.workers.job import Job
+from bpf.workers.stopping import Stop
+from bpf.workers.worker import Worker
 
 _KEPT: dict[tuple[Any, ...], tuple[Path, Any, Path]] = {}
 _PLACE = tempfile.TemporaryDirectory(prefix="bpf-remembered-")
@@ -29,3 +39,11 @@ def remembered(directory: Path, key: tuple[Any, ...], make: Callable[[], Any]) -
     settings = directory / "experiment.yaml"  # which knows where data sets lie
     settings.write_text(settings.read_text().replace(str(before), str(directory.resolve().parent)))
     return told
+
+
+def stop_after_an_epoch(directory: Path) -> None:
+    """Train what is planned there, and stop with a checkpoint."""
+    experiment, stop = open_experiment(directory), Stop()
+    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, checkpoint_seconds=1e9)
+    with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
+        Worker(job, study, lambda event: stop.request() if isinstance(event, Trained) else None, stop).run()

@@ -31,17 +31,13 @@ from PIL import Image
 import bpf.data.fetching
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
-from bpf.interrupts import Interrupted
 from bpf.spec.run import RunSpec
 from bpf.study import patience
 from bpf.study.owner import Owner
 from bpf.training import checkpoint
 from bpf.workers import worker
-from bpf.workers.events import Event, Trained
-from bpf.workers.job import Job
-from bpf.workers.stopping import Stop
 from bpf.workers.supervisor import Supervisor
-from bpf.workers.worker import Worker
+from remembering import stop_after_an_epoch
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -652,18 +648,6 @@ class Experiments:
     half: Path
     planned: Path
     one: Path
-
-
-def stop_after_an_epoch(directory: Path) -> None:
-    experiment, stop = open_experiment(directory), Stop()
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Trained):
-            stop.request()
-
-    places = (experiment.database, experiment.name, experiment.data_dir, experiment.files)
-    with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
-        Worker(Job(*places, checkpoint_seconds=1e9), study, tell, stop).run()
 
 
 @pytest.fixture(scope="module")

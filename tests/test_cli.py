@@ -24,18 +24,15 @@ from safetensors import safe_open
 import bpf
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
-from bpf.interrupts import NOTHING_BEGUN, Interrupted
+from bpf.interrupts import NOTHING_BEGUN
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
 from bpf.study.owner import Owner
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
-from bpf.workers.events import Trained
-from bpf.workers.job import Job
-from bpf.workers.stopping import Stop
 from bpf.workers.supervisor import Supervisor
-from bpf.workers.worker import Worker
+from remembering import stop_after_an_epoch
 from waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -386,14 +383,6 @@ def test_a_list_that_grew_runs_only_what_is_new(bpf_: Bpf, work: Path) -> None:
 
 def written(directory: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-
-
-def stop_after_an_epoch(directory: Path) -> None:
-    """Train what is planned there, and stop."""
-    experiment, stop = open_experiment(directory), Stop()
-    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files)
-    with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
-        Worker(job, study, lambda event: stop.request() if isinstance(event, Trained) else None, stop).run()
 
 
 def plan(bpf_: Bpf, command: str) -> None:

@@ -15,16 +15,9 @@ from bpf.spec.grid import GridSpec
 from bpf.study.database import Database
 from invented import planned
 
+pytestmark = pytest.mark.usefixtures("empty_place")
+
 GRID = {"dataset": "digits", "algorithm": "bp,dfa"}
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("BPF_DATA_DIR", "BPF_STORAGE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
 
 
 def command(grid: GridSpec, directory: str = "ex", data_dir: str = "data", **place: Any) -> str:
@@ -51,7 +44,7 @@ def command(grid: GridSpec, directory: str = "ex", data_dir: str = "data", **pla
     ],
     ids=str,
 )
-def test_a_grid_is_the_same_when_its_command_is_read(given: dict[str, Any], work: Path) -> None:
+def test_a_grid_is_the_same_when_its_command_is_read(given: dict[str, Any], empty_place: Path) -> None:
     grid = build(GridSpec, GRID | given)
     words = shlex.split(command(grid))
     assert words[:3] == ["bpf", "tune", "ex"]
@@ -98,8 +91,8 @@ def test_where_data_and_the_study_lie_is_said_if_it_goes_not_without_saying(monk
     assert command(grid) == f"{short} --data-dir {Path('data').resolve()}"
 
 
-def test_an_experiment_is_gone_on_with_where_it_is(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
-    here = planned(work / "here")
+def test_an_experiment_is_gone_on_with_where_it_is(monkeypatch: pytest.MonkeyPatch, empty_place: Path) -> None:
+    here = planned(empty_place / "here")
     assert commands.place_of(here) == Place()
     server = replace(here, database=Database.at("postgresql://me:secret@host/db"))
     told = commands.extend(server, commands.fields(server.grid))

@@ -22,16 +22,7 @@ from bpf.study.edges import Edge, find
 from bpf.study.ranking import Ranked, Spread, rank, winners
 from invented import finished, planned, record
 
-pytestmark = pytest.mark.usefixtures("in_this_process")
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("BPF_DATA_DIR", "BPF_STORAGE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("in_this_process", "empty_place")
 
 
 @pytest.fixture
@@ -68,10 +59,10 @@ def edges(experiment: Experiment) -> list[tuple[str, str, float, float]]:
 # What lies at an edge
 
 
-def test_each_rules_winner_is_looked_at(work: Path) -> None:
+def test_each_rules_winner_is_looked_at(empty_place: Path) -> None:
     wanted = {"bp": 0.1, "dfa": 0.001, "drtp": 0.01}
     lies = best(lambda row: abs(row.params["lr"] - wanted[row.rule]))
-    experiment = finished(work / "ex", lies, algorithm="bp,dfa,drtp", lr="0.1,0.001,0.01")
+    experiment = finished(empty_place / "ex", lies, algorithm="bp,dfa,drtp", lr="0.1,0.001,0.01")
     assert sorted(edges(experiment)) == [("bp", "lr", 0.1, 1.0), ("dfa", "lr", 0.001, 0.0001)]
     assert [str(edge) for edge in sorted(found(experiment).edges, key=lambda edge: edge.rule)] == [
         "bp: lr=0.1 is the largest of its values",
@@ -108,25 +99,25 @@ def test_each_rules_winner_is_looked_at(work: Path) -> None:
     ],
 )
 def test_the_next_value_goes_on_as_the_list_does(
-    work: Path, name: str, values: list[float], at: float, beyond: float | None
+    empty_place: Path, name: str, values: list[float], at: float, beyond: float | None
 ) -> None:
-    row = planned_row(work, {name: at})
+    row = planned_row(empty_place, {name: at})
     found = find([row], {"dfa": {name: values}}, lambda rule, name: limits(GridSpec, name))
     expected = [] if beyond is None else [Edge("dfa", name, at, pytest.approx(beyond, rel=2e-3))]
     assert found == expected
     assert all(type(edge.beyond) is type(at) for edge in found)
 
 
-def planned_row(work: Path, params: dict[str, Any], **changes: Any) -> Ranked:
+def planned_row(empty_place: Path, params: dict[str, Any], **changes: Any) -> Ranked:
     """A winner with these parameters, whose executions have their best epochs and ends as given."""
-    (row,) = summary.rows(planned(work / "one"))
+    (row,) = summary.rows(planned(empty_place / "one"))
     best, ends = changes.get("best", [2, 2]), changes.get("ends", [3, 3])
     result = {"executions": [{"best_epoch": one, "epochs": end} for one, end in zip(best, ends, strict=True)]}
     return Ranked(replace(row, params=params, result=result), Spread([0.1] * len(best)), best, {})
 
 
-def test_a_rules_own_numbers_have_edges_and_words_have_none(work: Path) -> None:
-    row = planned_row(work, {"dfa.scale": 4, "dfa.word": "b", "dfa.flag": True, "arch": "9", "dfa.mixed": 2})
+def test_a_rules_own_numbers_have_edges_and_words_have_none(empty_place: Path) -> None:
+    row = planned_row(empty_place, {"dfa.scale": 4, "dfa.word": "b", "dfa.flag": True, "arch": "9", "dfa.mixed": 2})
     tried = {"dfa.scale": [1, 2, 4], "dfa.word": ["a", "b"], "dfa.flag": [False, True], "arch": ["8", "9"]}
     known = {"dfa": {**tried, "dfa.mixed": [1, "auto", 2]}}
     assert find([row], known, lambda rule, name: Limits(0, 100)) == [Edge("dfa", "dfa.scale", 4, 8)]
@@ -134,7 +125,7 @@ def test_a_rules_own_numbers_have_edges_and_words_have_none(work: Path) -> None:
     assert find([row], known, lambda rule, name: Limits(0, 5, high_excluded=True)) == []
     assert find([row], known, lambda rule, name: None) == []
     negative = {"dfa": {"dfa.scale": [-1.0, -2.0, 4]}}
-    low = planned_row(work, {"dfa.scale": -2.0})
+    low = planned_row(empty_place, {"dfa.scale": -2.0})
     assert find([low], negative, lambda rule, name: Limits()) == [Edge("dfa", "dfa.scale", -2.0, -3.0)]
 
 
@@ -150,29 +141,29 @@ def test_a_rules_own_numbers_have_edges_and_words_have_none(work: Path) -> None:
     ],
 )
 def test_most_executions_have_their_best_epoch_at_the_end(
-    work: Path, best: list[int], ends: list[int], late: int | None
+    empty_place: Path, best: list[int], ends: list[int], late: int | None
 ) -> None:
-    row = planned_row(work, {}, best=best, ends=ends)
+    row = planned_row(empty_place, {}, best=best, ends=ends)
     found = find([row], {"dfa": {}}, lambda rule, name: None)
     assert found == ([] if late is None else [Edge("dfa", "epochs", 3, 6, late, len(best))])
     if late:
         assert str(found[0]) == f"dfa: the last epoch, 3, is the best in {late} of 3 executions"
 
 
-def test_a_rule_that_is_not_finished_has_no_edge_yet_and_a_single_execution_none_at_all(work: Path) -> None:
-    experiment = planned(work / "ex", lr="0.1,0.2")
+def test_a_rule_that_is_not_finished_has_no_edge_yet_and_a_single_execution_none_at_all(empty_place: Path) -> None:
+    experiment = planned(empty_place / "ex", lr="0.1,0.2")
     assert found(experiment) == Further()
-    done = finished(work / "done", best(lambda row: row.params["lr"]), lr="0.1,0.2")
+    done = finished(empty_place / "done", best(lambda row: row.params["lr"]), lr="0.1,0.2")
     assert edges(done) == [("dfa", "lr", 0.1, 0.05)]
     assert found(replace(done, kind="train")) == Further()
 
 
-def test_a_value_whose_cells_diverged_was_tried(work: Path) -> None:
+def test_a_value_whose_cells_diverged_was_tried(empty_place: Path) -> None:
     def lies(row: Row, number: int) -> dict[str, Any]:
         lost = row.params["lr"] == 1.0
         return record(number, [1.0, None] if lost else [2.0, 1.0 - row.params["lr"], 2.0])
 
-    assert edges(finished(work / "ex", lies, lr="0.01,0.1,1")) == []
+    assert edges(finished(empty_place / "ex", lies, lr="0.01,0.1,1")) == []
 
 
 # Commands that go beyond
@@ -229,17 +220,17 @@ def test_the_commands_extend_a_grid_and_train_nothing_twice(bpf: Callable[[str],
         assert copy.data_dir == Path("my data").resolve()
 
 
-def test_kept_checkpoints_that_are_gone_make_a_new_directory(work: Path) -> None:
-    experiment = finished(work / "ex", lambda row, number: record(number, [3.0, 2.0, 1.0]))
+def test_kept_checkpoints_that_are_gone_make_a_new_directory(empty_place: Path) -> None:
+    experiment = finished(empty_place / "ex", lambda row, number: record(number, [3.0, 2.0, 1.0]))
     kept = replace(experiment, keep_checkpoints=True)
     [command] = found(kept).commands.values()
-    assert shlex.split(command)[2] == str(work / "ex-6-epochs")
+    assert shlex.split(command)[2] == str(empty_place / "ex-6-epochs")
     for row in summary.rows(experiment):
         path = kept.checkpoint(str(row.cohort))
         path.parent.mkdir(exist_ok=True)
         path.touch()
     [command] = found(kept).commands.values()
-    assert shlex.split(command)[2] == str(work / "ex")
+    assert shlex.split(command)[2] == str(empty_place / "ex")
     assert "--epochs 6" in command
 
 
@@ -265,8 +256,8 @@ def test_a_second_phase_goes_on_with_the_rates_it_took(bpf: Callable[[str], str]
     assert commands(bpf("best second")) == [], "it is not known where the learning rates are now"
 
 
-def test_the_report_says_it_too(work: Path) -> None:
-    experiment = finished(work / "ex", best(lambda row: row.params["lr"]), lr="0.1,0.2")
+def test_the_report_says_it_too(empty_place: Path) -> None:
+    experiment = finished(empty_place / "ex", best(lambda row: row.params["lr"]), lr="0.1,0.2")
     section = ranking(block("x", experiment))
     [edge, command] = ["dfa: lr=0.1 is the smallest of its values", *found(experiment).commands.values()]
     assert section.notes[1:] == [f"At the edge of what was tried, so that better ones may lie beyond: {edge}."]

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 import fuzzing
-from bpf.experiment.directory import open_experiment
 from bpf.training import checkpoint
-from bpf.workers.events import Event, Trained
-from bpf.workers.job import Job
-from bpf.workers.stopping import Interrupted, Stop
-from bpf.workers.worker import Worker
+from remembering import stop_after_an_epoch
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -37,18 +33,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, in_this_process: None) -> Ite
         made = fuzzing.make(root)
         stop_after_an_epoch(root / "half")
         yield made
-
-
-def stop_after_an_epoch(directory: Path) -> None:
-    experiment, stop = open_experiment(directory), Stop()
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Trained):
-            stop.request()
-
-    places = (experiment.database, experiment.name, experiment.data_dir, experiment.files)
-    with experiment.open_study() as study, pytest.raises(Interrupted):
-        Worker(Job(*places, checkpoint_seconds=1e9), study, tell, stop).run()
 
 
 @pytest.mark.parametrize("family", fuzzing.FAMILIES)

@@ -32,7 +32,7 @@ from bpf.study import database, schema
 from bpf.study.cells import Axis, Cell, Claim, Row
 from bpf.study.owner import Owner
 from bpf.study.study import Study
-from invented import RESULT
+from invented import DIVERGED, IN_SCRIPTS, result
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def finish_all(study: Study, owner: Owner, value: float = 1.0) -> int:
     count = 0
     while (claim := study.claim(owner, lambda row: 2)) is not None:
         for row in claim.rows:
-            study.finish(claim, row.key, value + row.ordinal, "complete", RESULT)
+            study.finish(claim, row.key, value + row.ordinal, "complete", result(value + row.ordinal))
             count += 1
     return count
 
@@ -87,7 +87,7 @@ def storage(path: Path) -> optuna.storages.RDBStorage:
 
 
 def run_child(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    program = f"RESULT = {RESULT!r}\n{textwrap.dedent(script)}"
+    program = IN_SCRIPTS + textwrap.dedent(script)
     command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -101,7 +101,7 @@ KILLED_WHILE_TRAINING = """
     study = Study.open(sys.argv[1])
     claim = study.claim(Owner(study.locks), lambda row: int(sys.argv[2]))
     for row in claim.rows[:int(sys.argv[3])]:
-        study.finish(claim, row.key, 0.5, "complete", RESULT)
+        study.finish(claim, row.key, 0.5, "complete", result(0.5))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -132,7 +132,7 @@ def test_optuna_reads_the_grid_as_its_own(path: Path, study: Study, owner: Owner
     for done in range(6):
         assert not sampler.is_exhausted(optuna_study(path)), f"exhausted after {done} of 6"
         claim = claimed(study, owner)
-        study.finish(claim, claim.rows[0].key, float(done), "complete", RESULT | {"loss": [done]})
+        study.finish(claim, claim.rows[0].key, float(done), "complete", result(float(done), loss=[done]))
     assert study.claim(owner, lambda row: 1) is None
 
     read = optuna_study(path)
@@ -147,7 +147,7 @@ def test_optuna_reads_the_grid_as_its_own(path: Path, study: Study, owner: Owner
         "name": study.rows()[3].name,
         "cell": study.rows()[3].key,
         "attempt": 1,
-        "result": RESULT | {"loss": [3]},
+        "result": result(3.0, loss=[3]),
     }
 
 
@@ -300,9 +300,9 @@ def test_names_are_friendly_and_unique(study: Study) -> None:
 )
 def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner: Owner, wider: list[Axis]) -> None:
     first = claimed(study, owner)
-    study.finish(first, first.rows[0].key, 0.25, "complete", RESULT)
+    study.finish(first, first.rows[0].key, 0.25, "complete", result(0.25))
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, None, "diverged", RESULT)
+    study.finish(claim, claim.rows[0].key, None, "diverged", DIVERGED)
     study.fail(claim, claim.rows[1].key, "Traceback")
     study.retry_failed()
     running = claimed(study, owner)
@@ -311,7 +311,7 @@ def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner:
     size = math.prod(len(axis.values) for axis in wider)
     assert study.plan({"dfa": wider}, cells_of(wider)) == size - 6
     assert GridSampler(study.search_space("dfa")).is_exhausted(optuna_study(path)) is False
-    study.finish(running, running.rows[0].key, 0.5, "complete", RESULT)
+    study.finish(running, running.rows[0].key, 0.5, "complete", result(0.5))
     assert finish_all(study, owner) == size - 3
 
     read = optuna_study(path)
@@ -483,7 +483,7 @@ def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: S
         claim = claimed(study, owner, size=2)
         study.release(claim)
         claim = claimed(study, owner, size=2)
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", RESULT)
+        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
         study.fail(claim, claim.rows[1].key, "Traceback")
         study.repair()
     finally:
@@ -502,8 +502,8 @@ def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: S
 
 def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, -5.0, "diverged", RESULT | {"epoch": 3, "loss": math.nan})
-    study.finish(claim, claim.rows[1].key, 2.0, "complete", RESULT)
+    study.finish(claim, claim.rows[0].key, -5.0, "diverged", DIVERGED | {"epoch": 3, "loss": math.nan})
+    study.finish(claim, claim.rows[1].key, 2.0, "complete", result(2.0))
     assert study.retry_failed() == 0
     row = study.rows(state="diverged")[0]
     assert row.value is None
@@ -521,7 +521,7 @@ def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Stud
 def test_complete_needs_a_finite_value(study: Study, owner: Owner, value: float | None) -> None:
     claim = claimed(study, owner)
     with pytest.raises(ValueError, match=r"A complete cell has a finite value, not .*; did it diverge"):
-        study.finish(claim, claim.rows[0].key, value, "complete", RESULT)
+        study.finish(claim, claim.rows[0].key, value, "complete", result(value))
     with pytest.raises(ValueError, match="A cell finishes as 'complete' or 'diverged', not as 'done'"):
         study.finish(claim, claim.rows[0].key, 1.0, "done", {})
     assert study.counts()["running"] == 1
@@ -541,7 +541,7 @@ def test_a_failed_cell_is_tried_again_in_a_new_trial(path: Path, study: Study, o
     row = again.rows[0]
     assert (row.key, row.trial_number, row.attempt, row.error) == (failed.key, 2, 1, None)
     assert row.name != failed.name
-    study.finish(again, row.key, 0.0, "complete", RESULT)
+    study.finish(again, row.key, 0.0, "complete", result(0.0))
     assert optuna_study(path).best_trial.number == 2
 
 
@@ -552,9 +552,9 @@ def lost(row: Row) -> str:
 def test_a_cell_is_finished_once(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner)
     row = claim.rows[0]
-    study.finish(claim, row.key, 1.0, "complete", RESULT)
+    study.finish(claim, row.key, 1.0, "complete", result(1.0))
     with pytest.raises(RunError) as raised:
-        study.finish(claim, row.key, 2.0, "complete", RESULT)
+        study.finish(claim, row.key, 2.0, "complete", result(2.0))
     assert str(raised.value) == lost(row)
     with pytest.raises(RunError) as raised:
         study.fail(claim, row.key, "Traceback")
@@ -567,7 +567,7 @@ def test_a_released_cell_cannot_be_finished(study: Study, owner: Owner) -> None:
     assert study.release(claim) == 1
     assert study.release(claim) == 0
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 2.0, "complete", RESULT)
+        study.finish(claim, claim.rows[0].key, 2.0, "complete", result(2.0))
     assert str(raised.value) == lost(claim.rows[0])
     assert study.counts()["interrupted"] == 1
 
@@ -580,15 +580,15 @@ def test_the_value_of_the_new_owner_stays(path: Path, study: Study, owner: Owner
     row = claim.rows[0]
     assert row.key == stale.rows[0].key
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 7.0, "complete", RESULT | {"by": "old"})
+        study.finish(stale, row.key, 7.0, "complete", result(7.0, by="old"))
     assert str(raised.value) == lost(row)
-    study.finish(claim, row.key, 1.0, "complete", RESULT | {"by": "new"})
+    study.finish(claim, row.key, 1.0, "complete", result(1.0, by="new"))
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 8.0, "complete", RESULT | {"by": "old"})
+        study.finish(stale, row.key, 8.0, "complete", result(8.0, by="old"))
     assert str(raised.value) == lost(row)
     assert study.rows(state="complete")[0].value == 1.0
     assert [(trial.value, trial.user_attrs["result"]) for trial in optuna_study(path).trials] == [
-        (1.0, RESULT | {"by": "new"})
+        (1.0, result(1.0, by="new"))
     ]
 
 
@@ -610,7 +610,7 @@ def test_a_killed_process_leaves_its_cohort_to_the_next_at_once(path: Path, stud
         (row.key, row.trial_id, row.trial_number, row.name, 2) for row in left
     ]
     for row in claim.rows:
-        study.finish(claim, row.key, 1.0, "complete", RESULT)
+        study.finish(claim, row.key, 1.0, "complete", result(1.0))
     after = optuna_study(path).trials
     assert [trial.user_attrs["attempt"] for trial in after] == [1, 2, 2]
     assert [(trial.number, trial.datetime_start, trial.params) for trial in after] == [
@@ -654,7 +654,7 @@ KILLED_INSIDE = """
     original = getattr(RDBStorage, sys.argv[2])
     setattr(RDBStorage, sys.argv[2], killed)
     claim = study.claim(Owner(study.locks), lambda row: 1)
-    study.finish(claim, claim.rows[0].key, 0.5, "complete", RESULT | {"loss": 0.5})
+    study.finish(claim, claim.rows[0].key, 0.5, "complete", result(0.5, loss=0.5))
 """
 
 
@@ -899,7 +899,7 @@ def test_a_trial_that_another_program_ended_is_reported(
     claim = claimed(study, owner)
     meddle(path, optuna_study(path).trials[0])
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", RESULT)
+        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
     assert str(raised.value) == (
         f"Another program has deleted or ended the Optuna trial with the id {claim.rows[0].trial_id}, "
         "which bpf was running; the outcome of its cell was not stored."

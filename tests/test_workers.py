@@ -38,7 +38,7 @@ from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.job import Job
 from bpf.workers.worker import Worker
-from invented import RECORD, RESULT
+from invented import IN_SCRIPTS
 from waiting import SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
@@ -245,10 +245,10 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", RESULT, [RECORD])
+                    study.finish(claim, row.key, row.params["lr"], "complete", result(row.params["lr"]), [RECORD])
                     print(row.key)
     """
-    program = f"RESULT, RECORD = {RESULT!r}, {RECORD!r}\n{textwrap.dedent(script)}"
+    program = IN_SCRIPTS + textwrap.dedent(script)
     command = [sys.executable, "-c", program, str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -63,7 +63,7 @@ def predict(
     from bpf.console import tables
     from bpf.results.evaluation import predict
 
-    found = predict(model, images, top, output, lambda line: tell(line))
+    found = predict(model, images, top, output, tell)
     print_json(found) if as_json else tables.show_predictions(found)
 
 

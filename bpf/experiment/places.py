@@ -18,8 +18,8 @@ MARKER = "bpf-files.json"
 KEPT = ("checkpoints", "models")
 """What lies in such a folder."""
 PARTS = (
-    *("experiment.yaml", "running.lock", "study.db", "study.db-wal", "study.db-shm", "study.new.db", "locks", "logs"),
-    *(*KEPT, "report", "tensorboard", "metrics"),
+    *("experiment.yaml", "running.lock", "study.db", "study.db-wal", "study.db-shm", "study.db-journal"),
+    *("study.new.db", "locks", "logs", *KEPT, "report", "tensorboard", "metrics"),
 )
 """What bpf makes in an experiment's directory."""
 

@@ -13,7 +13,7 @@ from bpf.experiment.directory import Experiment
 from bpf.experiment.further import Further, further
 from bpf.experiment.grid import MAX_CELLS
 from bpf.study.cells import OPEN, STATES, Row, Tally
-from bpf.study.owner import Progress, Word
+from bpf.study.owner import Progress, Said
 from bpf.study.ranking import Ranked, rank, winners
 from bpf.study.ranking import best_per as ranking_per
 from bpf.study.view import StudyView
@@ -98,10 +98,10 @@ def _time_left(tallies: Sequence[Tally], at_work: Sequence[Progress | None]) -> 
 class _Facts(BaseModel):
     """What a worker says of itself; what does not fit is left out."""
 
-    host: Word | None = None
-    device: Word | None = None
-    bpf: Word | None = None
-    torch: Word | None = None
+    host: Said | None = None
+    device: Said | None = None
+    bpf: Said | None = None
+    torch: Said | None = None
     at: Progress | None = None
 
     @field_validator("*", mode="wrap")
@@ -190,7 +190,9 @@ def ranking(experiment: Experiment, top: int, only: Sequence[str] = ()) -> Ranki
     """
     with closing(experiment.read_study()) as study:
         rules = _rules(study, only)
-        counts = {name: sum(study.counts(rule)[name] for rule in rules) for name in STATES}
+        counts: dict[str, int] = dict.fromkeys(STATES, 0)
+        for tally in study.tally():
+            counts[tally.state] += tally.count if tally.rule in rules else 0
         leaders = _leaders(study, top, rules)
         failed = [row for row in study.rows(state="failed") if row.rule in rules][:1] if counts["failed"] else []
         best = winners(leaders)

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
+from bpf.reading import check_plain
 from bpf.spec.values import (
     DEFAULT_IMBALANCE_FACTOR,
+    MAX_EPOCHS,
     MAX_SEED,
     ActivationName,
     Arch,
@@ -36,7 +38,6 @@ from bpf.spec.values import (
     check_dropout,
     check_factor,
     check_interval,
-    check_line,
     check_options,
     distinct,
     none_or_many,
@@ -50,7 +51,7 @@ def _is_number(model: type[BaseModel], name: str) -> bool:
 class Settings(Frozen):
     """What a run and a grid state in the same way."""
 
-    dataset: Annotated[str, AfterValidator(check_line)] = Field(
+    dataset: Annotated[str, AfterValidator(check_plain)] = Field(
         description="Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
         "npz:PATH, or a plugin's (see `bpf datasets`)."
     )
@@ -62,7 +63,7 @@ class Settings(Frozen):
         description="What is minimised; val_* are measured on the held-out split of the training set. "
         "The test set never selects.",
     )
-    epochs: int = Field(300, ge=1, le=1_000_000, description="Passes over the training part.")
+    epochs: int = Field(300, ge=1, le=MAX_EPOCHS, description="Passes over the training part.")
     examples_frac: float = Field(
         0.5, ge=0, le=1, description="Stratified fraction of the training set that is used; 0 and 1 mean all."
     )
@@ -78,7 +79,7 @@ class Settings(Frozen):
     early_stopping: int = Field(
         0,
         ge=0,
-        le=1_000_000,
+        le=MAX_EPOCHS,
         description="Stop an execution after this many epochs without a better objective; 0 is off.",
     )
     brightness: float = Field(

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from bpf.reading import is_plain
-
 ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
 FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
 ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
@@ -21,6 +19,7 @@ ScalerName = Literal["standard", "zero_one", "identity"]
 BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
 DEFAULT_IMBALANCE_FACTOR = 10.0
 MAX_SEED = 2**31
+MAX_EPOCHS = 1_000_000
 MAX_UNITS, MAX_LAYERS = 65_536, 100
 
 
@@ -28,12 +27,6 @@ class Frozen(BaseModel):
     """Immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def check_line(value: str) -> str:
-    if not is_plain(value):
-        raise ValueError("it has control characters")
-    return value
 
 
 def check_arch(value: Any) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from bpf.errors import Damaged, UsageError, did_you_mean
 from bpf.files import exists, is_dir
+from bpf.reading import open_regular
 
 BUSY_SECONDS = 60.0
 IDLE_SECONDS = 30
@@ -214,7 +215,7 @@ def check_journal(path: Path) -> None:
     Journals of transactions over several databases end so. bpf's databases are alone, and have a write-ahead log.
     """
     journal = path.with_name(f"{path.name}-journal")
-    with suppress(OSError), journal.open("rb") as file:
+    with suppress(OSError), open_regular(journal) as file:
         file.seek(-len(_NAMES_ANOTHER), os.SEEK_END)
         if file.read() == _NAMES_ANOTHER:
             raise Damaged(journal, "it names another file, which opening the database would remove", "Move it away.")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bpf.spec.fields import Limits
+from bpf.spec.values import MAX_EPOCHS
 from bpf.study.cells import Value
 from bpf.study.ranking import Ranked
 from bpf.words import word
 
 EPOCHS = "epochs"
-MAX_EPOCHS = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ heartbeats and without a grace period. On a server's database an owner also rene
 time; on another machine, where its lock cannot be seen, it counts as dead when the lease has run out.
 """
 
-import json
 import os
 import re
 import secrets
@@ -25,6 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from bpf.errors import UsageError
+from bpf.reading import json_of
 from bpf.study import stored
 from bpf.study.schema import owners
 
@@ -35,8 +35,8 @@ PROBE_SECONDS = 1.0
 """How long to wait for a lock that may only be probed: who looks whether it is held holds it for a moment."""
 
 
-Word = Annotated[str, Field(pattern=r"^[\w.:+ -]+$", max_length=700)]
-"""Of those that a terminal may be given, whoever wrote it."""
+Said = Annotated[str, Field(pattern=r"^[\w.:+ -]+$", max_length=700)]
+"""What an owner says of itself in words that a terminal may be given, whoever wrote it."""
 
 
 class Progress(BaseModel):
@@ -48,9 +48,9 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
-    rule: Word
-    arch: Word
-    activation: Word
+    rule: Said
+    arch: Said
+    activation: Said
     cells: int = Field(ge=1, le=10**9)
     executions: int = Field(ge=1, le=10**9)
     began: int = Field(ge=0, le=10**9)
@@ -126,7 +126,7 @@ def machine() -> str:
 
 def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
     """Whether a living process holds the lock; None if there is no such file, `unknown` if it may not be opened."""
-    if lock.is_symlink() or not lock.is_file():  # to ask empties the file
+    if lock.is_symlink() or not lock.is_file():  # to ask opens it for writing
         return None
     probe = FileLock(lock, thread_local=False)
     try:
@@ -231,8 +231,8 @@ def living(connection: sa.Connection, experiment: str, locks: Path, here_only: b
 
 def _parsed(text: Any) -> Any:
     try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError):
+        return json_of(text)
+    except (TypeError, ValueError):
         return None
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bpf.experiment.places import checkpoint_path
 from bpf.study.database import Database
 
 CHECKPOINT_SECONDS = 30.0
@@ -27,7 +28,7 @@ class Job:
     home: Path = field(default_factory=Path.cwd)
 
     def checkpoint(self, cohort: str) -> Path:
-        return self.files / "checkpoints" / f"{cohort}.pt"
+        return checkpoint_path(self.files, cohort)
 
     @property
     def models(self) -> Path:
