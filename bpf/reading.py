@@ -71,9 +71,9 @@ def check_path(path: str) -> str:
     return path
 
 
-def file_name(text: str, also: str = "") -> str:
-    """A text, such as a rule's name, as a part of a path: all but letters, digits, `_.-` and `also` becomes `_`."""
-    return re.sub(rf"^\.|[^\w.{re.escape(also)}-]", "_", text)
+def file_name(text: str) -> str:
+    """A text, such as a rule's name, as a part of a path: all but letters, digits and `_.-` becomes `_`."""
+    return re.sub(r"^\.|[^\w.-]", "_", text)
 
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,100}$")]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bpf.data import cache
 from bpf.experiment.plugins import load_rules
 from bpf.spec.run import RunSpec
-from bpf.training import cohort as training
+from bpf.training import steps
 from bpf.training.cohort import Cohort
 
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce"])
@@ -246,7 +246,7 @@ def test_a_run_may_diverge_after_it_went_on(digits):
 @pytest.mark.parametrize("limit", range(3, 9))
 def test_runs_that_stopped_early_stay_as_they_are(limit, digits, monkeypatch):
     # With so few rows at a time the number of runs that are tested together changes how a run's losses are summed.
-    monkeypatch.setattr(training, "EVALUATION_ROWS", 100)
+    monkeypatch.setattr(steps, "EVALUATION_ROWS", 100)
     expected = assert_goes_on(worsening(early_stopping=2, epochs=9), digits, (limit, None))
     lengths = {record.epochs for record in expected.records}
     assert len(lengths) >= 3, lengths

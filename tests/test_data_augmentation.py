@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bpf.data.augmentation import augment
+from bpf.data.augmentation import DRAWS, augment
 
 OFF = {"brightness": 0.0, "rotation": 0.0, "zoom": 0.0, "translation": 0.0}
 FULL = {"brightness": 0.3, "rotation": 40.0, "zoom": 0.4, "translation": 0.25}
@@ -18,6 +18,10 @@ def generator(seed: int) -> torch.Generator:
 
 def pictures(runs: int, batch: int = 3) -> torch.Tensor:
     return torch.rand(runs, batch, 2, 6, 9, generator=generator(5)) * 255
+
+
+def numbers(runs: int, batch: int) -> torch.Tensor:
+    return torch.rand(runs, batch, DRAWS, generator=generator(1))
 
 
 def reference(image: np.ndarray, draws: np.ndarray, brightness, rotation, zoom, translation) -> np.ndarray:
@@ -56,9 +60,10 @@ def reference(image: np.ndarray, draws: np.ndarray, brightness, rotation, zoom, 
 )
 def test_images_move_as_the_reference_says(magnitudes):
     images = pictures(2)
-    got = augment(images, **magnitudes, generators=[generator(1), generator(2)])
-    for run, seed in enumerate((1, 2)):
-        draws = (torch.rand(3, 5, generator=generator(seed)) * 2 - 1).double().numpy()
+    drawn = numbers(2, 3)
+    got = augment(images, **magnitudes, drawn=drawn)
+    for run in range(2):
+        draws = (drawn[run] * 2 - 1).double().numpy()
         for index in range(3):
             want = reference(images[run, index].double().numpy(), draws[index], **magnitudes)
             np.testing.assert_allclose(got[run, index].numpy(), want, atol=2e-2)
@@ -66,35 +71,34 @@ def test_images_move_as_the_reference_says(magnitudes):
 
 def test_a_run_gets_the_same_numbers_alone_and_stacked():
     images = pictures(3)
-    stacked = augment(images, **FULL, generators=[generator(seed) for seed in (1, 2, 3)])
-    for run, seed in enumerate((1, 2, 3)):
-        alone = augment(images[run : run + 1], **FULL, generators=[generator(seed)])
+    drawn = numbers(3, 3)
+    stacked = augment(images, **FULL, drawn=drawn)
+    for run in range(3):
+        alone = augment(images[run : run + 1], **FULL, drawn=drawn[run : run + 1])
         assert torch.equal(alone[0], stacked[run])
-    assert not torch.equal(stacked[0], augment(images[:1], **FULL, generators=[generator(2)])[0])
+    assert not torch.equal(stacked[0], augment(images[:1], **FULL, drawn=drawn[1:2])[0])
 
 
 def test_one_magnitude_does_not_change_the_draws_of_another():
     images = torch.full((1, 4, 1, 5, 5), 100.0)
-    bright = augment(images, **OFF | {"brightness": 0.5}, generators=[generator(1)])
-    both = augment(images, **OFF | {"brightness": 0.5, "zoom": 0.1}, generators=[generator(1)])
+    bright = augment(images, **OFF | {"brightness": 0.5}, drawn=numbers(1, 4))
+    both = augment(images, **OFF | {"brightness": 0.5, "zoom": 0.1}, drawn=numbers(1, 4))
     torch.testing.assert_close(bright[..., 2, 2], both[..., 2, 2])
     assert len(bright[0, :, 0, 0, 0].unique()) == 4
 
 
 def test_values_stay_in_range():
     white = torch.full((1, 50, 1, 4, 4), 255.0)
-    got = augment(white, **OFF | {"brightness": 0.5}, generators=[generator(0)])
+    got = augment(white, **OFF | {"brightness": 0.5}, drawn=numbers(1, 50))
     assert got.max() == 255
     assert 127 <= got.min() < 200
 
 
-def test_without_magnitudes_the_input_comes_back_and_nothing_is_drawn():
-    images, own = pictures(1), generator(0)
-    before = own.get_state()
-    assert augment(images, **OFF, generators=[own]) is images
-    assert torch.equal(own.get_state(), before)
+def test_without_magnitudes_the_input_comes_back():
+    images = pictures(1)
+    assert augment(images, **OFF, drawn=numbers(1, 3)) is images
 
 
-def test_one_generator_per_run():
-    with pytest.raises(ValueError, match=r"^1 generators for 2 runs$"):
-        augment(pictures(2), **FULL, generators=[generator(0)])
+def test_there_are_numbers_for_each_image():
+    with pytest.raises(ValueError, match=r"^random numbers of the shape \[1, 3, 5\] for 2 runs of 3 images$"):
+        augment(pictures(2), **FULL, drawn=numbers(1, 3))

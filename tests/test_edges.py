@@ -12,6 +12,7 @@ import pytest
 from bpf.cli import app as cli
 from bpf.experiment.directory import Experiment, open_experiment
 from bpf.experiment.further import Further, further
+from bpf.experiment.places import checkpoint_path
 from bpf.report.block import block
 from bpf.report.text_sections import ranking
 from bpf.results import summary
@@ -226,7 +227,7 @@ def test_kept_checkpoints_that_are_gone_make_a_new_directory(empty_place: Path) 
     [command] = found(kept).commands.values()
     assert shlex.split(command)[2] == str(empty_place / "ex-6-epochs")
     for row in summary.rows(experiment):
-        path = kept.checkpoint(str(row.cohort))
+        path = checkpoint_path(kept.files, str(row.cohort))
         path.parent.mkdir(exist_ok=True)
         path.touch()
     [command] = found(kept).commands.values()

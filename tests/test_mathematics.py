@@ -11,7 +11,7 @@ from bpf.algorithms import Problem, Step
 from bpf.experiment.plugins import load_rules
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.network import Layer, Network, Structure
-from bpf.nn.randomness import Dropout
+from bpf.nn.randomness import Clock, Draws, Dropout
 
 RUNS, BATCH, INPUTS, CLASSES, WIDTHS = 3, 11, 6, 4, (7, 5, 8)
 RULES = load_rules(["bp", "dfa", "drtp", "ll-cce", "ll-mse"])
@@ -76,11 +76,12 @@ class Case:
 
     def step(self, repeats=1):
         """The stacked program's gradients, by parameter name, and the step."""
-        source = Dropout(self.rates, [3, 1, 4], 0, torch.device("cpu"), torch.float64)
+        cpu = torch.device("cpu")
+        source = Dropout(self.rates, Draws([3, 1, 4], Clock(cpu), torch.float64), cpu, torch.float64)
         self.masks = []
 
-        def draw(batch, units):
-            self.masks.append(source.mask(batch, units))
+        def draw(layer, batch, units):
+            self.masks.append(source.mask(layer, batch, units))
             return self.masks[-1]
 
         inputs, target = self.inputs.repeat(1, repeats, 1), self.target.repeat(1, repeats, 1)
@@ -349,7 +350,7 @@ def test_a_layers_gradient_stands_before_the_next_layer_runs(rule, monkeypatch):
         gradient.zero_()
     masks = iter(case.masks)
     loss = output_loss(case.loss_name, case.squash)
-    step = Step(case.network, case.inputs, case.target, loss, lambda batch, units: next(masks), learned)
+    step = Step(case.network, case.inputs, case.target, loss, lambda *shape: next(masks), learned)
     case.rule.gradients(step)
     hidden = [(what, k) for k in range(len(WIDTHS)) for what in ("forward", "learned")]
     assert order == [*hidden, ("forward", len(WIDTHS))]

@@ -24,6 +24,7 @@ from bpf.report.block import block
 from bpf.report.drawing import Palette, short, word
 from bpf.results import summary
 from bpf.study.cells import Row
+from bpf.training import footprint
 from browser import check_page
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -754,7 +755,7 @@ def test_memory_is_that_of_the_tensors(experiments):
 
 
 def test_a_meter_counts_what_is_alive_at_the_same_time():
-    with memory._Meter() as meter:
+    with footprint._Meter() as meter:
         first = torch.zeros(1000)
         second = first + 1
         part = second[:10]

@@ -15,7 +15,7 @@ from bpf.data.subsets import subset
 from bpf.experiment.plugins import load_rules
 from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer
-from bpf.nn.randomness import Dropout, generator, orders
+from bpf.nn.randomness import Clock, Draws, Dropout, generator, orders
 from bpf.spec.run import RunSpec
 from bpf.training import cohort as training
 from bpf.training import hardware
@@ -152,7 +152,7 @@ class Plain:
             h = torch.tanh(a)
             x = h
             if masks is not None:
-                mask = masks.mask(len(h), h.shape[1])
+                mask = masks.mask(k, len(h), h.shape[1])
                 x = h if mask is None else h * mask[0]
             if self.run.algorithm == "ll-cce" and y is not None:
                 local = local + F.cross_entropy(h @ self.feedback[k], y)
@@ -162,7 +162,10 @@ class Plain:
 
     def epoch(self, number):
         x, y = self.train
-        masks = Dropout([self.run.dropout], [self.run.seed], number, torch.device("cpu"), torch.float64)
+        clock = Clock(torch.device("cpu"))
+        clock.begin(number)
+        draws = Draws([self.run.seed], clock, torch.float64)
+        masks = Dropout([self.run.dropout], draws, torch.device("cpu"), torch.float64)
         losses, wrong = 0.0, 0
         for rows in orders([self.run.seed], len(y), number)[0].split(self.run.batch_size):
             logits, local = self.forward(x[rows], y[rows], masks)
@@ -170,6 +173,7 @@ class Plain:
             self.optimizer.zero_grad()
             (loss + local).backward()
             self.optimizer.step()
+            clock.tick()
             losses += loss.item() * len(rows)
             wrong += (logits.argmax(1) != y[rows]).sum().item()
         return losses / len(y), wrong / len(y)
@@ -446,7 +450,7 @@ def test_momentum_is_the_one_given():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_states_are_taken_over_bit_by_bit(name, layerwise):
     network, optimizer = stacked(name, layerwise)
-    other, fresh = stacked(name, layerwise)
+    other, _ = stacked(name, layerwise)
 
     def steps(network, optimizer, numbers):
         for step in numbers:
@@ -457,7 +461,8 @@ def test_optimizer_states_are_taken_over_bit_by_bit(name, layerwise):
     steps(network, optimizer, range(3))
     for parameter, tensor in network.parameters.items():
         other.parameters[parameter].copy_(tensor)
-    fresh.load(optimizer.state())
+    known = {n: {key: t.clone() for key, t in own.items()} for n, own in optimizer.state().items()}
+    fresh = StackedOptimizer(name, other, RATES, DECAYS, momentum=0.9, layerwise=layerwise, state=known)
     steps(network, optimizer, range(3, 6))
     steps(other, fresh, range(3, 6))
     assert all(torch.equal(other.parameters[n], tensor) for n, tensor in network.parameters.items())
@@ -637,10 +642,10 @@ def test_training_examples_are_drawn_anew_every_epoch_and_all_of_them(digits, mo
     seen = []
     batch = Feed.batch
 
-    def watched(feed, part, rows, generators=None):
-        if generators is not None:
-            seen.append(part.index[rows])
-        return batch(feed, part, rows, generators)
+    def watched(feed, part, rows, draws=None, which=None):
+        if draws is not None:
+            seen.append(rows.clone())
+        return batch(feed, part, rows, draws, which)
 
     monkeypatch.setattr(Feed, "batch", watched)
     trained = train([spec(seed=0, epochs=2), spec(seed=1, epochs=2)], digits)
@@ -691,11 +696,11 @@ def test_dropout_is_for_training_only(digits):
 )
 def test_the_feed_scales_pixels_and_makes_targets(scaler, low, high, digits):
     feed = Feed(digits, spec(scaler=scaler), torch.device("cpu"))
-    rows = torch.tensor([[3, 5, 8], [1, 3, 2]])
+    rows = feed.train.index[torch.tensor([[3, 5, 8], [1, 3, 2]])]
     inputs, target, labels = feed.batch(feed.train, rows)
-    raw = digits.train_images[feed.train.index[rows.flatten()]].flatten(1).view(2, 3, 64).float()
+    raw = digits.train_images[rows.flatten()].flatten(1).view(2, 3, 64).float()
     torch.testing.assert_close(inputs, low + (high - low) * raw / 255, rtol=1e-6, atol=1e-6)
-    assert torch.equal(labels, digits.train_labels[feed.train.index[rows]])
+    assert torch.equal(labels, digits.train_labels[rows])
     assert torch.equal(target.argmax(-1), labels)
     assert torch.equal(target.sum(-1), torch.ones(2, 3))
     reconstructing = Feed(
@@ -705,6 +710,9 @@ def test_the_feed_scales_pixels_and_makes_targets(scaler, low, high, digits):
     assert (feed.inputs, feed.targets, reconstructing.targets) == (64, 10, 64)
     assert target.dtype == torch.float64
     assert torch.equal(inputs, target)
+    which = torch.tensor([1, 0, 1])
+    for own, each in zip(feed.batch(feed.train, rows), feed.batch(feed.train, rows, which=which), strict=True):
+        assert torch.equal(own[which], each)
 
 
 def test_a_seed_gives_the_same_numbers_twice_and_another_gives_others(digits):

@@ -35,7 +35,7 @@ class Problem:
 class Step:
     """One batch of every run: `inputs` [runs, batch, inputs] and `target` [runs, batch, targets].
 
-    `draw_mask` gives a scaled dropout mask for (batch, units), or None.
+    `draw_mask` gives a scaled dropout mask for (layer, batch, units), the layer by its index, or None.
     `learned` is called with a layer as soon as its gradient stands, by rules that declare `layerwise`.
     After the step `logits` [runs, batch, targets] and `loss_per_example` [runs, batch] hold the output's.
     """
@@ -44,7 +44,7 @@ class Step:
     inputs: Tensor
     target: Tensor
     loss: Loss
-    draw_mask: Callable[[int, int], Tensor | None] = lambda batch, units: None
+    draw_mask: Callable[[int, int, int], Tensor | None] = lambda layer, batch, units: None
     learned: Callable[[Layer], None] = lambda layer: None
     logits: Tensor = field(init=False)
     loss_per_example: Tensor = field(init=False)
@@ -53,7 +53,8 @@ class Step:
     def forward(self, layer: Layer, inputs: Tensor) -> Trace:
         """A training forward pass through one layer; a second one in the same step uses the same dropout mask."""
         if layer.index not in self._masks:
-            self._masks[layer.index] = None if layer.is_output else self.draw_mask(len(inputs[0]), layer.units)
+            shape = layer.index, len(inputs[0]), layer.units
+            self._masks[layer.index] = None if layer.is_output else self.draw_mask(*shape)
         return layer.forward(inputs, self._masks[layer.index])
 
     def forward_hidden(self) -> list[Trace]:
@@ -101,6 +102,10 @@ class Algorithm:
     layerwise: ClassVar[bool] = False
     """Whether each hidden layer's gradient stands during the forward pass, so that its update can be applied
     before the next layer runs; such a rule calls `step.learned(layer)`."""
+    capturable: ClassVar[bool] = True
+    """Whether a step is the same operations every time, on tensors that stay where they are, so that CUDA can record
+    and replay it. Not so for a rule that decides by a Python counter or reads values back; what bpf notices of that by
+    itself it says, and calls the rule for every step."""
 
     class Options(Options):
         """None."""

@@ -36,7 +36,7 @@ PANELS = {
         "image_size",
     ),
     "Augmentation": ("brightness", "rotation", "zoom", "translation"),
-    "Execution": ("executions_per_trial", "seed", "device", "trackers", "tracker_every"),
+    "Execution": ("executions_per_trial", "seed", "device", "matmul_precision", "trackers", "tracker_every"),
 }
 ALIASES = {
     "epochs": "--num-epochs",

@@ -1,13 +1,13 @@
 """Random brightness, rotation, zoom and translation of training images, for many runs at once."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_DRAWS = 5  # brightness, angle, zoom, shift right, shift down
+DRAWS = 5
+"""Random numbers for one image: brightness, angle, zoom, shift right, shift down."""
 
 
 def augment(
@@ -17,7 +17,7 @@ def augment(
     rotation: float,
     zoom: float,
     translation: float,
-    generators: Sequence[torch.Generator],
+    drawn: Tensor,
 ) -> Tensor:
     """Change each image at random: float [R, B, C, H, W] in 0..255 -> the same shape and range.
 
@@ -26,15 +26,15 @@ def augment(
     `translation` of the width and of the height. The image is magnified, then turned about its centre, then
     shifted; what comes from outside is black. All magnitudes 0: `images` itself is returned.
 
-    Run r draws from `generators[r]` only, and the same numbers whichever magnitudes are 0. Raises ValueError
-    unless there is one generator for each of the R runs.
+    `drawn` are uniform numbers in [0, 1), float32 [R, B, DRAWS], used alike whichever magnitudes are 0. Raises
+    ValueError for another shape.
     """
     if not (brightness or rotation or zoom or translation):
         return images
     runs, batch = images.shape[:2]
-    if len(generators) != runs:
-        raise ValueError(f"{len(generators)} generators for {runs} runs")
-    light, angle, scale, right, down = _draw(generators, batch, images.device).unbind(-1)
+    if drawn.shape != (runs, batch, DRAWS):
+        raise ValueError(f"random numbers of the shape {list(drawn.shape)} for {runs} runs of {batch} images")
+    light, angle, scale, right, down = (drawn * 2 - 1).unbind(-1)
     if rotation or zoom or translation:
         images = _transform(
             images,
@@ -45,12 +45,6 @@ def augment(
     if brightness:
         images = images * (1 + light * brightness).to(images.dtype)[:, :, None, None, None]
     return images.clamp(0, 255)
-
-
-def _draw(generators: Sequence[torch.Generator], batch: int, device: torch.device) -> Tensor:
-    """Uniform in [-1, 1), float32 [R, B, draws]."""
-    drawn = [torch.rand(batch, _DRAWS, generator=own, device=own.device).to(device) for own in generators]
-    return torch.stack(drawn) * 2 - 1
 
 
 def _transform(images: Tensor, *, angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

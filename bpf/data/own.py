@@ -73,10 +73,9 @@ class Folder(_Own):
     def fingerprint(self) -> str:
         """A digest of every image's relative path, size in bytes and time of change."""
         digest, root = hashlib.sha256(), str(self.path)
-        for tree in self._trees():
-            for path in (path for paths in tree.values() for path in paths):
-                with self._readable(path):
-                    status = os.stat(path)  # noqa: PTH116 - pathlib takes twice as long for 60,000 files
+        with self._readable(self.path):
+            for path in (path for tree in self._trees() for paths in tree.values() for path in paths):
+                status = os.stat(path)  # noqa: PTH116 - pathlib takes twice as long for 60,000 files
                 entry = f"{path.removeprefix(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"
                 digest.update(entry.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()

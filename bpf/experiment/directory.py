@@ -83,9 +83,6 @@ class Experiment:
         """Whether its study is the file in its own directory."""
         return self.database == _own_database(self.directory)
 
-    def checkpoint(self, cohort: str) -> Path:
-        return places.checkpoint_path(self.files, cohort)
-
     def rules(self) -> "dict[str, type[Algorithm]]":
         return load_rules(self.grid.algorithm)
 

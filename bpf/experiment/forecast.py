@@ -11,9 +11,10 @@ import torch
 
 from bpf.data.base import Extent
 from bpf.experiment.grid import execution
+from bpf.experiment.plugins import load_rules
 from bpf.spec.run import RunSpec
 from bpf.study.cells import Cell, Row
-from bpf.training.estimate import PRODUCTS_PER_SECOND, Pace, examples_of, prepare, products
+from bpf.training.estimate import PRODUCTS_PER_SECOND, Pace, examples_of, products
 from bpf.training.hardware import cohort_cells
 
 LOWEST, HIGHEST = 0.65, 1.7
@@ -122,7 +123,8 @@ def stacks(
     for name, alike in members.items():
         spec = RunSpec.model_construct(**alike[0].spec)
         targets = extent.inputs if spec.problem_type == "reconstruction" else extent.classes
-        size = cohort_cells(spec, executions, extent.inputs, targets, device)
+        rule = load_rules([spec.algorithm])[spec.algorithm]
+        size = cohort_cells(spec, rule, executions, extent.inputs, targets, extent.train, device)
         cohorts += -(-len(alike) // size)
         left = {cell.key: max(0, executions - done.get(cell.key, 0)) for cell in alike}
         open_cells = [cell for cell in alike if left[cell.key]]
@@ -177,7 +179,6 @@ def forecast(
         return None
     if not waiting:
         return _spread(stacks, known, workers, 0, finished)
-    prepare()
     end = time.perf_counter() + means.budget
     for number, name in enumerate(waiting):
         left = end - time.perf_counter()

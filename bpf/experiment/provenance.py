@@ -122,9 +122,7 @@ def _is_checkout(package: Path) -> bool:
 def _git(directory: Path, *arguments: str) -> str | None:
     """What git prints in a directory, or None if it cannot say. It runs no program that the repository asks for."""
     own = _run_git(directory, "config", "--local", "--includes", "--name-only", "--list", "-z") or ""
-    filters = [
-        name for name in own.split("\0") if re.fullmatch(r"filter\..*\.(clean|smudge|process|required)", name, re.S)
-    ]
+    filters = [name for name in own.split("\0") if _FILTER.fullmatch(name)]
     settings = ["core.fsmonitor=false", f"core.hooksPath={os.devnull}", *(f"{name}=" for name in filters)]
     return _run_git(directory, *(word for setting in settings for word in ("-c", setting)), *arguments)
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 Draw = Callable[[int, int, torch.Generator, torch.dtype], Tensor]
+CPU = torch.device("cpu")
+LARGE = 2**21
+"""Numbers of a matrix from which it is factored on the device where it goes: on a GPU minutes become seconds."""
 
 
 def uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -17,9 +20,18 @@ def uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator, dt
     return torch.rand(shape, generator=generator, dtype=dtype).mul_(2 * bound).sub_(bound)
 
 
-def orthogonal(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A (semi-)orthogonal matrix with gain 1 (Saxe et al. 2014)."""
-    return torch.nn.init.orthogonal_(torch.empty(rows, columns, dtype=dtype), generator=generator)
+def orthogonal(
+    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device = CPU
+) -> Tensor:
+    """A (semi-)orthogonal matrix with gain 1 (Saxe et al. 2014): Q of a normal one, with the signs that make it unique.
+
+    As torch's `orthogonal_`. A large one is factored on `device`, and differs there from a CPU's by rounding.
+    """
+    drawn = torch.empty(rows, columns, dtype=dtype).normal_(generator=generator)
+    q, r = torch.linalg.qr((drawn if rows >= columns else drawn.mT).to(device if drawn.numel() >= LARGE else CPU))
+    q.mul_(r.diagonal().sign())
+    found: Tensor = q if rows >= columns else q.mT
+    return found.contiguous()
 
 
 def _lecun(units: int, targets: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -49,10 +61,17 @@ FEEDBACK: dict[str, Draw] = {
 et al. 2021, their code); nokland U(±1/√units) (Nøkland 2016, his code); principled N(0, 1)/√(units · targets)."""
 
 
-def forward_weight(name: str, fan_out: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def forward_weight(
+    name: str,
+    fan_out: int,
+    fan_in: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> Tensor:
     """One run's weight [fan_out, fan_in]: orthogonal (gain 1), torch (U(±1/√fan_in)) or zeros."""
     if name == "orthogonal":
-        return orthogonal(fan_out, fan_in, generator, dtype)
+        return orthogonal(fan_out, fan_in, generator, dtype, device)
     if name == "torch":
         return uniform(1 / math.sqrt(fan_in), (fan_out, fan_in), generator, dtype)
     return torch.zeros(fan_out, fan_in, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bpf.nn.activations import ACTIVATIONS
-from bpf.nn.initialisers import FEEDBACK, forward_bias, forward_weight
+from bpf.nn.initialisers import CPU, FEEDBACK, forward_bias, forward_weight
 from bpf.nn.randomness import generator
 
 BATCH_NORM_EPSILON = 1e-5
@@ -171,8 +171,7 @@ class Network:
         self.parameters = parameters
         self.buffers = buffers
         self.shared_gradients = shared_gradients
-        self.gradients = (_scratch if shared_gradients else _zeros)(parameters)
-        self.layers = [Layer(self, k) for k in range(len(structure.widths) + 1)]
+        self._connect()
 
     @classmethod
     def build(
@@ -182,26 +181,49 @@ class Network:
         feedback: Sequence[str] | None,
         dtype: torch.dtype = torch.float32,
         shared_gradients: bool = False,
+        device: torch.device = CPU,
     ) -> Self:
-        """Initial networks on the CPU, one per seed; `feedback` names each run's initialiser, or is None."""
+        """Initial networks on a device, one per seed; `feedback` names each run's initialiser, or is None.
+
+        What is random is drawn on the CPU, once for each seed.
+        """
         parameters: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
         sizes = (structure.inputs, *structure.widths, structure.targets)
         runs = list(zip(seeds, feedback or [""] * len(seeds), strict=True))
         if feedback is not None:
             for k, units in enumerate(structure.widths):
-                buffers[f"feedback.{k}"] = random_feedback(runs, f"feedback.{k}", units, structure.targets, dtype)
+                drawn = random_feedback(runs, f"feedback.{k}", units, structure.targets, dtype)
+                buffers[f"feedback.{k}"] = drawn.to(device)
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            parameters[f"weight.{k}"] = _weights(structure, runs, k, fan_out, fan_in, buffers, dtype)
+            parameters[f"weight.{k}"] = _weights(structure, runs, k, fan_out, fan_in, buffers, dtype, device)
             if structure.use_bias:
-                parameters[f"bias.{k}"] = _biases(structure, runs, k, fan_out, fan_in, dtype)
+                parameters[f"bias.{k}"] = _biases(structure, runs, k, fan_out, fan_in, dtype).to(device)
             if structure.batch_norm and k < len(structure.widths):
                 shape = len(runs), 1, fan_out
-                parameters[f"scale.{k}"] = torch.ones(shape, dtype=dtype)
-                parameters[f"shift.{k}"] = torch.zeros(shape, dtype=dtype)
-                buffers[f"mean.{k}"] = torch.zeros(shape, dtype=dtype)
-                buffers[f"variance.{k}"] = torch.ones(shape, dtype=dtype)
+                parameters[f"scale.{k}"] = torch.ones(shape, dtype=dtype, device=device)
+                parameters[f"shift.{k}"] = torch.zeros(shape, dtype=dtype, device=device)
+                buffers[f"mean.{k}"] = torch.zeros(shape, dtype=dtype, device=device)
+                buffers[f"variance.{k}"] = torch.ones(shape, dtype=dtype, device=device)
         return cls(structure, parameters, buffers, shared_gradients)
+
+    @classmethod
+    def empty(cls, structure: Structure, runs: int, has_feedback: bool, device: torch.device) -> Self:
+        """Networks of a structure on a device, in single precision, whose numbers are anything: for measuring."""
+        sizes = (structure.inputs, *structure.widths, structure.targets)
+        parameters: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
+        for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+            hidden = k < len(structure.widths)
+            parameters[f"weight.{k}"] = torch.empty(runs, fan_out, fan_in, device=device)
+            if structure.use_bias:
+                parameters[f"bias.{k}"] = torch.empty(runs, 1, fan_out, device=device)
+            if structure.batch_norm and hidden:
+                for own, kinds in ((parameters, ("scale", "shift")), (buffers, ("mean", "variance"))):
+                    own |= {f"{kind}.{k}": torch.empty(runs, 1, fan_out, device=device) for kind in kinds}
+            if has_feedback and hidden:
+                buffers[f"feedback.{k}"] = torch.empty(runs, fan_out, structure.targets, device=device)
+        return cls(structure, parameters, buffers)
 
     @property
     def hidden(self) -> list[Layer]:
@@ -221,6 +243,15 @@ class Network:
     def select(self, index: Tensor) -> "Network":
         """The networks of some runs only; `index` is int64 [runs kept]."""
         return self._of(lambda tensor: tensor[index.to(tensor.device)].contiguous())
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with the networks of some runs only, as `select`, but in place: one tensor after the other."""
+        self.layers.clear()
+        self.gradients.clear()
+        for tensors in (self.parameters, self.buffers):
+            for name in tensors:
+                tensors[name] = tensors[name].index_select(0, index)
+        self._connect()
 
     def shadow(self) -> "Network":
         """The same parameters with gradients and running statistics of their own: for measuring."""
@@ -243,6 +274,10 @@ class Network:
             h = layer.forward(h, training=False).output
         return h
 
+    def _connect(self) -> None:
+        self.gradients: dict[str, Tensor] = (_scratch if self.shared_gradients else _zeros)(self.parameters)
+        self.layers: list[Layer] = [Layer(self, k) for k in range(len(self.structure.widths) + 1)]
+
     def _of(self, change: Callable[[Tensor], Tensor]) -> "Network":
         parameters = {name: change(tensor) for name, tensor in self.parameters.items()}
         buffers = {name: change(tensor) for name, tensor in self.buffers.items()}
@@ -264,6 +299,7 @@ def _weights(
     fan_in: int,
     buffers: dict[str, Tensor],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     if structure.init == "aligned" and k > 0:
         before = buffers[f"feedback.{k - 1}"]
@@ -273,7 +309,7 @@ def _weights(
     name = "orthogonal" if structure.init == "aligned" else structure.init
     return _stack(
         [(seed, name) for seed, _ in runs],
-        lambda run: forward_weight(run[1], fan_out, fan_in, generator(run[0], f"weight.{k}"), dtype),
+        lambda run: forward_weight(run[1], fan_out, fan_in, generator(run[0], f"weight.{k}"), dtype, device).to(device),
     )
 
 

@@ -1,22 +1,27 @@
-"""torch.optim over stacked runs: one parameter group per distinct (learning rate, weight decay).
+"""Optimizers over stacked runs, each with its own learning rate and weight decay.
 
-The runs of a cohort are ordered so that equal pairs are neighbours; a group then holds one view per parameter
-over all its runs, and every optimizer here works elementwise, so the numbers are those of each run alone.
+They are torch's, with torch's defaults, and remember the same under the same names. All work elementwise, so the
+numbers are those of each run alone. On a CPU torch's fused operators do it, called once for each (learning rate, weight
+decay), as they take numbers; elsewhere the rates are tensors [runs], and a parameter of all runs is one kernel where
+`kernels.py` can be used, torch's operations where not.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bpf.nn.device import kernels_on
 from bpf.nn.network import Network, check_tensors
 
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> state name (such as `exp_avg`) -> tensor with a leading run axis."""
 
-
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+ALPHA = 0.99
+"""Of rmsprop."""
 _MEMORY = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -24,24 +29,28 @@ _MEMORY = {
     "sgd": ("momentum_buffer",),
     "nag": ("momentum_buffer",),
 }
-"""What torch's optimizers remember of each parameter, besides how many steps they have done."""
+"""What is remembered of each parameter, besides how many steps were done."""
 
 
-def _make(name: str, groups: list[dict[str, Any]], momentum: float, fused: bool) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.Adam(groups, fused=fused)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=fused)
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, foreach=True)
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=name == "nag" and momentum > 0, fused=fused)
+class Slot(NamedTuple):
+    """A parameter [runs, ...], its gradient, and what is remembered of it, in the order of `_MEMORY`."""
+
+    parameter: Tensor
+    gradient: Tensor
+    memory: tuple[Tensor, ...]
+
+    def block(self, start: int, stop: int) -> "Slot":
+        """Views of neighbouring runs."""
+        memory = tuple(tensor[start:stop] for tensor in self.memory)
+        return Slot(self.parameter[start:stop], self.gradient[start:stop], memory)
 
 
 class StackedOptimizer:
     """Updates a network's parameters from its gradients.
 
     `learning_rates` and `weight_decays` have one entry per run. With `layerwise` each layer can be stepped on
-    its own; otherwise one call updates everything.
+    its own; otherwise one call updates everything. It goes on from a `state`, whose tensors it takes over; where that
+    is empty, and without one, from the start.
     """
 
     def __init__(
@@ -52,88 +61,176 @@ class StackedOptimizer:
         weight_decays: Sequence[float],
         momentum: float = 0.9,
         layerwise: bool = False,
+        state: State | None = None,
     ) -> None:
-        self._memory, self._counts = _MEMORY[name], name not in ("sgd", "nag")
-        if not momentum and not self._counts:
-            self._memory = ()
-        self._blocks = _blocks(list(zip(learning_rates, weight_decays, strict=True)))
-        self._views: dict[str, list[Tensor]] = {}
+        self._counts = name not in ("sgd", "nag")
+        self._memory_names = _MEMORY[name] if self._counts or momentum else ()
+        self._slots: dict[str, Slot] = {}
         for parameter_name, parameter in network.parameters.items():
-            gradient = network.gradients[parameter_name]
-            views = [parameter[start:stop] for start, stop, _ in self._blocks]
-            for view, (start, stop, _) in zip(views, self._blocks, strict=True):
-                view.grad = gradient[start:stop]
-            self._views[parameter_name] = views
+            known = state[parameter_name] if state else {}
+            memory = tuple(known[n] if known else torch.zeros_like(parameter) for n in self._memory_names)
+            self._slots[parameter_name] = Slot(parameter, network.gradients[parameter_name], memory)
+        names = [[n for n in self._slots if n.endswith(f".{k}")] for k in range(len(network.layers))]
+        self._parts = names if layerwise else [list(self._slots)]
         device = next(iter(network.parameters.values())).device
-        fused = device.type in ("cpu", "cuda")
-        self._scalars_on = device if fused else torch.device("cpu")
-        names = [[n for n in self._views if n.endswith(f".{k}")] for k in range(len(network.layers))]
-        self._optimizers = [
-            _make(name, self._groups(part), momentum, fused) for part in (names if layerwise else [list(self._views)])
+        counts = [state[part[0]].get("step") if state else None for part in self._parts]
+        self._steps = [torch.zeros((), device=device) if n is None else n[0].clone() for n in counts]
+        rates = list(zip(learning_rates, weight_decays, strict=True))
+        make = _fused if device.type == "cpu" and name != "rmsprop" else _stacked
+        self._updates = [
+            make(name, momentum, [self._slots[name] for name in part], rates, steps)
+            for part, steps in zip(self._parts, self._steps, strict=True)
         ]
 
     def step(self, layer: int = 0) -> None:
         """Apply the gradients: of one layer when made `layerwise`, else of all."""
-        self._optimizers[layer].step()
+        if self._counts:
+            self._steps[layer].add_(1)
+        self._updates[layer]()
 
     def state(self) -> State:
-        """The optimizer's memory per parameter, stacked over runs; scalars are repeated."""
-        return {name: dict(self._stacked(name)) for name in self._views}
-
-    def load(self, state: State) -> None:
-        """Take over a `state` whose run axis is this optimizer's."""
-        for name, views in self._views.items():
-            for view, (start, stop, _) in zip(views, self._blocks, strict=True):
-                own = self._owner(view).state[view]
-                for key, stacked in state[name].items():
-                    part = stacked[start:stop]
-                    scalar = part.dim() == 1
-                    own[key] = part[0].to(self._scalars_on).clone() if scalar else part.to(view.device).clone()
+        """What is remembered of each parameter, stacked over runs: the memory itself, and the steps as copies."""
+        steps = {name: count for part, count in zip(self._parts, self._steps, strict=True) for name in part}
+        return {
+            name: ({"step": steps[name].repeat(len(slot.parameter))} if self._counts else {})
+            | dict(zip(self._memory_names, slot.memory, strict=True))
+            for name, slot in self._slots.items()
+        }
 
     def check_state(self, state: State, runs: int | None, begun: bool = True) -> None:
         """Raise ValueError for what is not the `state` of this optimizer for so many runs, or for one alone.
 
-        One that has not `begun` remembers nothing. The memory of torch's optimizers must be whole: one with a tensor of
-        another shape ends the process.
+        One that has not `begun` may remember nothing, as torch's do. All runs must have done as many steps.
         """
-        if state.keys() != self._views.keys():
+        if state.keys() != self._slots.keys():
             raise ValueError("It is the state of other parameters.")
-        for name, views in self._views.items():
-            shape, dtype = views[0].shape[1:], views[0].dtype
-            memory = dict.fromkeys(self._memory, (shape, dtype))
+        for name, slot in self._slots.items():
+            if not state[name] and not begun:
+                continue
+            shape, dtype = slot.parameter.shape[1:], slot.parameter.dtype
             scalars = {"step": (torch.Size(), torch.float32)} if self._counts else {}
-            check_tensors(state[name], scalars | memory if begun else {}, runs)
-
-    def _groups(self, names: list[str]) -> list[dict[str, Any]]:
-        return [
-            {"params": [self._views[name][i] for name in names], "lr": rate, "weight_decay": decay}
-            for i, (_, _, (rate, decay)) in enumerate(self._blocks)
-        ]
-
-    def _owner(self, view: Tensor) -> torch.optim.Optimizer:
-        for optimizer in self._optimizers:
-            if any(view is p for group in optimizer.param_groups for p in group["params"]):
-                return optimizer
-        raise KeyError("not a view of this optimizer")
-
-    def _stacked(self, name: str) -> list[tuple[str, Tensor]]:
-        views = self._views[name]
-        states = [self._owner(view).state[view] for view in views]
-        keys = [key for key, value in states[0].items() if isinstance(value, Tensor)]
-        return [
-            (key, torch.cat([_per_run(state[key], view) for state, view in zip(states, views, strict=True)]))
-            for key in keys
-        ]
+            check_tensors(state[name], scalars | dict.fromkeys(self._memory_names, (shape, dtype)), runs)
+            if self._counts and runs is not None and bool((state[name]["step"] != state[name]["step"][:1]).any()):
+                raise ValueError(f"The runs have done different numbers of steps, by {name}.")
 
 
-def _per_run(value: Tensor, view: Tensor) -> Tensor:
-    return value.clone() if value.shape == view.shape else value.reshape(1).repeat(len(view))
-
-
-def _blocks(pairs: list[tuple[float, float]]) -> list[tuple[int, int, tuple[float, float]]]:
-    blocks, start = [], 0
-    for pair, members in itertools.groupby(pairs):
+def _fused(
+    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor
+) -> Callable[[], None]:
+    """The update by torch's fused operators, for each block of neighbouring runs whose rates are equal."""
+    calls: list[Callable[[], None]] = []
+    start = 0
+    for (rate, decay), members in itertools.groupby(rates):
         stop = start + len(list(members))
-        blocks.append((start, stop, pair))
+        views = [slot.block(start, stop) for slot in slots]
+        calls.append(_fused_call(name, momentum, views, rate, decay, steps))
         start = stop
-    return blocks
+
+    def update() -> None:
+        for call in calls:
+            call()
+
+    return update
+
+
+def _fused_call(
+    name: str, momentum: float, slots: list[Slot], rate: float, decay: float, steps: Tensor
+) -> Callable[[], None]:
+    parameters, gradients = [slot.parameter for slot in slots], [slot.gradient for slot in slots]
+    memory = [list(tensors) for tensors in zip(*(slot.memory for slot in slots), strict=True)]
+    counts = [steps] * len(slots)
+    if name in ("adam", "adamw"):
+        adam = torch._fused_adam_ if name == "adam" else torch._fused_adamw_
+        means, squares = memory
+
+        def step_adam() -> None:
+            adam(
+                parameters,
+                gradients,
+                means,
+                squares,
+                [],
+                counts,
+                lr=rate,
+                beta1=BETA_1,
+                beta2=BETA_2,
+                weight_decay=decay,
+                eps=EPSILON,
+                amsgrad=False,
+                maximize=False,
+            )
+
+        return step_adam
+    buffers, nesterov = memory[0] if memory else [], name == "nag" and momentum > 0
+
+    def step_sgd() -> None:
+        torch._fused_sgd_(
+            parameters,
+            gradients,
+            buffers,
+            weight_decay=decay,
+            momentum=momentum,
+            lr=rate,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
+
+    return step_sgd
+
+
+def _stacked(
+    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor
+) -> Callable[[], None]:
+    """The update with a rate for each run: a kernel for each parameter, or torch's operations."""
+    device, dtype = slots[0].parameter.device, slots[0].parameter.dtype
+    rate, decay = (torch.tensor(values, dtype=dtype, device=device) for values in zip(*rates, strict=True))
+    decays, kernels = any(value for _, value in rates), kernels_on(device)
+    adam = (BETA_1, 1 - BETA_1, BETA_2, 1 - BETA_2, EPSILON)
+    numbers = {"adam": adam, "adamw": adam, "rmsprop": (ALPHA, 1 - ALPHA, EPSILON)}
+    constants = torch.tensor(numbers.get(name, (momentum,)), dtype=dtype, device=device)
+    betas = torch.tensor((BETA_1, BETA_2), dtype=torch.float64, device=device)
+    nesterov, decoupled = name == "nag", name == "adamw"
+
+    def update() -> None:
+        corrections = 1 - betas**steps if decoupled or name == "adam" else betas
+        for slot in slots:
+            if kernels is None:
+                _in_torch(name, momentum, slot, _like(rate, slot), _like(decay, slot) if decays else None, corrections)
+            elif name == "rmsprop":
+                kernels.rmsprop(*slot, rate, decay, constants)
+            elif name in ("sgd", "nag"):
+                kernels.sgd(*slot, rate, decay, constants, nesterov)
+            else:
+                kernels.adam(*slot, rate, decay, constants, corrections, decoupled)
+
+    return update
+
+
+def _in_torch(name: str, momentum: float, slot: Slot, rate: Tensor, decay: Tensor | None, corrections: Tensor) -> None:
+    """One step of one parameter of all runs; `corrections` are (1 - β₁ᵗ, 1 - β₂ᵗ) in float64."""
+    parameter, gradient, memory = slot.parameter, slot.gradient, slot.memory
+    if decay is not None and name == "adamw":
+        parameter.mul_(1 - rate * decay)
+    elif decay is not None:
+        gradient = gradient + decay * parameter
+    if name in ("adam", "adamw"):
+        mean, square = memory
+        mean.lerp_(gradient, 1 - BETA_1)
+        square.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        first, second = corrections[0].to(rate.dtype), corrections[1].sqrt().to(rate.dtype)
+        parameter.sub_(mean.div(square.sqrt().div_(second).add_(EPSILON)).mul_(rate / first))
+    elif name == "rmsprop":
+        memory[0].mul_(ALPHA).addcmul_(gradient, gradient, value=1 - ALPHA)
+        parameter.sub_(gradient.div(memory[0].sqrt().add_(EPSILON)).mul_(rate))
+    elif memory:
+        memory[0].mul_(momentum).add_(gradient)
+        parameter.sub_((gradient + momentum * memory[0] if name == "nag" else memory[0]) * rate)
+    else:
+        parameter.sub_(gradient * rate)
+
+
+def _like(rates: Tensor, slot: Slot) -> Tensor:
+    """[runs] as [runs, 1, ...], to go with a parameter."""
+    return rates.view(-1, *[1] * (slot.parameter.dim() - 1))

@@ -39,6 +39,7 @@ def run(block: Block) -> Section:
         ["size", ", ".join(counts)],
         ["seeds", f"{seeds} of the executions; data seed {spec.data_seed} of subset, validation split and skew"],
         ["rules", ", ".join(block.rules)],
+        ["numbers", f"float32, matrix products with precision {spec.matmul_precision}"],
     ]
     for name in dict.fromkeys(name for row in block.rows for name in row.params):
         facts.append([name, ", ".join(map(word, tables.values_of(block.rows, name)))])

@@ -24,8 +24,8 @@ from bpf.registry import ALGORITHMS, Registry
 from bpf.results.models import Model, read
 from bpf.spec.grid import TUNABLE
 from bpf.spec.run import RunSpec
-from bpf.training.cohort import EVALUATION_ROWS
 from bpf.training.feed import SCALES, Feed
+from bpf.training.steps import EVALUATION_ROWS
 
 PARTS = ("test", "val", "train")
 _ALL = {"examples_frac": 1.0, "val_frac": 0.0, "skew_type": "none", "imbalance_factor": None}
@@ -213,7 +213,7 @@ def _check_data(model: Model, data: Data) -> None:
 
 
 def _scores(model: Model, data: Data, part: str) -> dict[str, Any]:
-    """As `Cohort._evaluate`, by the saved model's own module."""
+    """As `Evaluation` in training, by the saved model's own module."""
     spec = model.spec if part != "test" else model.spec.model_copy(update=_ALL)  # no subset that could be impossible
     feed = Feed(data, spec, torch.device("cpu"), model.tensors["weight.0"].dtype)
     examples = {"test": feed.test, "val": feed.val, "train": feed.train}[part]
@@ -221,9 +221,9 @@ def _scores(model: Model, data: Data, part: str) -> dict[str, Any]:
     module, classes = model.module(), len(model.classes)
     total = torch.zeros((), dtype=model.tensors["weight.0"].dtype)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for rows in torch.split(torch.arange(len(examples)), EVALUATION_ROWS):
+    for rows in torch.split(examples.index, EVALUATION_ROWS):
         _, target, labels = feed.batch(examples, rows[None])
-        logits = module(examples.images[examples.index[rows]].view(-1, *model.shape))
+        logits = module(examples.images[rows].view(-1, *model.shape))
         total += loss(logits[None], target)[0].sum()
         if feed.classifies:
             pairs = labels[0] * classes + logits.argmax(-1)

@@ -28,6 +28,7 @@ from bpf.spec.values import (
     ImbalanceFactor,
     LearningRate,
     LossName,
+    MatmulPrecision,
     ObjectiveName,
     OptimizerName,
     ScalerName,
@@ -100,6 +101,11 @@ class Settings(Frozen):
     device: Annotated[str, AfterValidator(check_device)] = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N, cuda:0,cuda:1,... or mps; auto takes the GPUs where there are any.",
+    )
+    matmul_precision: MatmulPrecision = Field(
+        "highest",
+        description="Matrix products of float32, in torch's words: highest is exact to float32, high may round "
+        "factors to fewer bits (TF32 on a GPU), which is faster.",
     )
     trackers: Annotated[tuple[str, ...], BeforeValidator(none_or_many), AfterValidator(distinct)] = Field(
         (),
@@ -225,6 +231,8 @@ class RunSpec(Settings):
         fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
         if self.optimizer not in ("sgd", "nag"):
             del fields["momentum"]
+        if self.matmul_precision == "highest":  # as it was before there was a choice
+            del fields["matmul_precision"]
         return fields
 
 

@@ -14,6 +14,7 @@ OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
 SkewType = Literal["none", "long_tailed", "step"]
 ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]
 LossName = Literal["ce", "bce", "mse"]
+MatmulPrecision = Literal["highest", "high"]
 ScalerName = Literal["standard", "zero_one", "identity"]
 
 BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})

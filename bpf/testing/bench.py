@@ -69,7 +69,7 @@ class Bench:
         step.draw_mask = self.mask if self.case.dropout else step.draw_mask
         return step
 
-    def mask(self, batch: int, units: int) -> Tensor:
+    def mask(self, layer: int, batch: int, units: int) -> Tensor:
         """Every third unit dropped, shifted from example to example; an example that is repeated has the same mask."""
         kept = torch.arange(batch)[:, None] % self.case.batch + torch.arange(units) + units
         return (kept % 3 > 0).to(torch.float64).mul(1.5).repeat(len(self.inputs), 1, 1)
@@ -92,7 +92,7 @@ class Bench:
         copy = self.network.shadow()
         h = self.inputs
         for layer in copy.hidden:
-            mask = self.mask(self.case.batch, layer.units) if self.case.dropout else None
+            mask = self.mask(layer.index, self.case.batch, layer.units) if self.case.dropout else None
             h = layer.forward(h, mask).passed_on
         return copy.output.forward(h).output, copy.buffers
 

@@ -1,28 +1,29 @@
 """The training loop: one cohort of runs, trained together as one stacked tensor program."""
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bpf.algorithms import Algorithm, Layer, Network, Problem, Step
+from bpf.algorithms import Algorithm, Network, Problem
 from bpf.data.cache import Data
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.network import Structure
-from bpf.nn.optim import StackedOptimizer
-from bpf.nn.randomness import Dropout, generator, orders
+from bpf.nn.optim import StackedOptimizer, State
 from bpf.spec.run import RunSpec
 from bpf.trackers import Tracker
-from bpf.training.feed import Feed, Part
+from bpf.training.capture import Recorder
+from bpf.training.feed import Feed
 from bpf.training.record import Kept, Record, fraction
+from bpf.training.steps import Evaluation, Steps
 from bpf.training.tracking import Tracking
 
 DIVERGED_LOSS = 1e6
 """A mean loss above it is no training any more, though numbers may stay finite for long after."""
-EVALUATION_ROWS = 512
 
 
 class Cohort:
@@ -32,7 +33,8 @@ class Cohort:
     `records` has one `Record` per spec, in the order given, whatever order the runs are stacked in. With `layerwise`
     a rule that allows it updates each layer during the forward pass, which needs no gradient memory for more than
     one layer; the numbers are the same. With `keep_final` the runs that train for all of their epochs can go on from
-    their end: by `load` in a cohort whose specs have more `epochs`.
+    their end: by `load` in a cohort whose specs have more `epochs`. `notice` is told what a person should know, such as
+    that the steps of a rule cannot be recorded on CUDA.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class Cohort:
         dtype: torch.dtype = torch.float32,
         layerwise: bool = False,
         keep_final: bool = False,
+        notice: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.records = [Record(spec.seed) for spec in specs]
         self.epoch = 0
         self.specs = list(specs)
         self._device, self._dtype = torch.device(device), dtype
         self._layerwise = layerwise and algorithm.layerwise
-        self._keep_final = keep_final
+        self._keep_final, self._notice = keep_final, notice
         self._left: dict[int, Kept] = {}
         first = self.specs[0]
         self._feed = Feed(data, first, self._device, dtype)
@@ -60,8 +63,7 @@ class Cohort:
         options = algorithm.Options.model_validate(first.rule_options())
         self._rule = algorithm(options, Problem(first.problem_type, self._squash))
         self._tracking = Tracking(trackers or {}, self._feed, self._rule, self._loss, first)
-        self._steps = self._feed.steps(first.batch_size)
-        # Neighbours with equal learning rates share one optimizer group.
+        # Neighbours with equal learning rates share one call of the optimizer on a CPU.
         self._stacked = sorted(range(len(specs)), key=lambda i: (specs[i].lr, specs[i].weight_decay, i))
         self._assemble(self._build(algorithm.has_feedback), None)
         self._best = {name: tensor.clone() for name, tensor in self._network.state().items()}
@@ -92,11 +94,17 @@ class Cohort:
     def run_epoch(self) -> None:
         """Train one epoch, measure, and let runs leave that are finished, diverged or no longer improving."""
         start, trained = time.perf_counter(), list(self._stacked)
+        with self._recorder.stream():
+            self._one_epoch()
+        for run in trained:
+            self.records[run].seconds += (time.perf_counter() - start) / len(trained)
+
+    def _one_epoch(self) -> None:
         if self.epoch == 0:
             self._tracking.measure(self._network, 0, self._running)
-        parts = {"": self._train()}
+        parts = {"": self._steps.epoch(self.epoch, self._track)}
         if len(self._feed.val):
-            parts["val_"] = self._evaluate(self._network, self._feed.val)
+            parts["val_"] = self._validation.scores(self._recorder)
         self.epoch += 1
         scores: dict[str, list[float]] = {}
         for prefix, means in parts.items():
@@ -117,8 +125,6 @@ class Cohort:
         self._keep_best(improved)
         if leaving:
             self._leave(leaving)
-        for run in trained:
-            self.records[run].seconds += (time.perf_counter() - start) / len(trained)
 
     def state(self) -> dict[str, Any]:
         """Everything a resume needs, as tensors and plain values."""
@@ -158,8 +164,8 @@ class Cohort:
             self._optimizer.check_state(state["optimizer"], len(kept), self.epoch > 0)
             for name, tensor in network.state().items():
                 tensor.copy_(state["network"][name])
-            self._assemble(network, state["optimizer"])
-            self._best = {name: tensor.to(self._device) for name, tensor in state["best"].items()}
+            self._assemble(network, {name: self._copies(own) for name, own in state["optimizer"].items()})
+            self._best = self._copies(state["best"])
 
     def _check(self, state: dict[str, Any]) -> None:
         """Raise ValueError for a state that cannot be one of these specs, whatever it is used for."""
@@ -180,6 +186,9 @@ class Cohort:
             if "network" in kept:
                 self._network.check_state(kept["network"], None)
                 self._optimizer.check_state(kept["optimizer"], None)
+
+    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
 
     def _revive(self, runs: list[int]) -> dict[str, Any]:
         """Make runs that have left run again; returns the part of a `state` that is their stack."""
@@ -209,62 +218,35 @@ class Cohort:
             init=first.init,
         )
         seeds, inits = [spec.seed for spec in specs], [spec.bw_init for spec in specs]
-        network = Network.build(structure, seeds, inits if has_feedback else None, self._dtype, self._layerwise)
+        feedback = inits if has_feedback else None
+        network = Network.build(structure, seeds, feedback, self._dtype, self._layerwise, self._device)
         self._rule.prepare(network, list(zip(seeds, inits, strict=True)))
         return network.to(self._device)
 
-    def _assemble(self, network: Network, optimizer_state: dict[str, dict[str, Tensor]] | None) -> None:
+    def _assemble(self, network: Network, optimizer_state: State | None) -> None:
         specs = [self.specs[run] for run in self._stacked]
+        first = specs[0]
         self._network = network
         self._optimizer = StackedOptimizer(
-            specs[0].optimizer,
+            first.optimizer,
             network,
             [spec.lr for spec in specs],
             [spec.weight_decay for spec in specs],
-            specs[0].momentum,
+            first.momentum,
             self._layerwise,
+            optimizer_state,
         )
-        if optimizer_state is not None:
-            self._optimizer.load(optimizer_state)
+        able = self._rule.capturable
+        self._recorder = Recorder(self._device, f"the rule {first.algorithm}", self._notice, able)
+        self._steps = Steps(
+            specs, self._rule, network, self._optimizer, self._feed, self._loss, self._recorder, self._layerwise
+        )
+        self._validation = Evaluation(network, self._feed, self._feed.val, self._loss)
 
-    def _train(self) -> Tensor:
-        """One pass over the training part; returns mean loss and error while training, [2, runs]."""
-        specs = [self.specs[run] for run in self._stacked]
-        seeds = [spec.seed for spec in specs]
-        order = orders(seeds, len(self._feed.train), self.epoch).to(self._device)
-        dropout = Dropout([spec.dropout for spec in specs], seeds, self.epoch, self._device, self._dtype)
-        augmenting = [generator(seed, "augmentation", self.epoch, self._device) for seed in seeds]
-        last = len(self._network.layers) - 1 if self._layerwise else 0
-        totals = torch.zeros(2, len(specs), dtype=self._dtype, device=self._device)
-        for number, rows in enumerate(torch.split(order, specs[0].batch_size, dim=1), self.epoch * self._steps + 1):
-            inputs, target, labels = self._feed.batch(self._feed.train, rows, augmenting)
-            step = Step(self._network, inputs, target, self._loss, dropout.mask, self._learned)
-            self._rule.gradients(step)
-            self._optimizer.step(last)
-            self._add(totals, step.loss_per_example, step.logits, labels)
-            if self._tracking.is_due(number):
-                self._tracking.measure(self._network, number, self._running)
-        return totals.div_(order.shape[1])
-
-    def _learned(self, layer: Layer) -> None:
-        if self._layerwise:
-            self._optimizer.step(layer.index)
-
-    def _add(self, totals: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        totals[0] += loss.sum(1)
-        if self._feed.classifies:
-            totals[1] += (logits.argmax(-1) != labels).sum(1)
-
-    def _evaluate(self, network: Network, part: Part) -> Tensor:
-        """Mean loss and error [2, runs] of networks in use: running statistics, no dropout, no augmentation."""
-        totals = torch.zeros(2, network.runs, dtype=self._dtype, device=self._device)
-        everything = torch.arange(len(part), device=self._device)
-        for rows in torch.split(everything, EVALUATION_ROWS):  # of any number of runs, so that sums round alike
-            batch = self._feed.batch(part, rows[None])
-            inputs, target, labels = (tensor.expand(network.runs, *tensor.shape[1:]) for tensor in batch)
-            logits = network.logits(inputs)
-            self._add(totals, self._loss(logits, target)[0], logits, labels)
-        return totals.div_(len(part))
+    def _track(self, number: int) -> None:
+        step = self.epoch * self._steps.count + number + 1
+        if self._tracking.is_due(step):
+            self._tracking.measure(self._network, step, self._running)
 
     def _sound(self, *scores: Tensor) -> list[bool]:
         """Which runs have not diverged: `scores` are means [2, runs], the loss first."""
@@ -290,21 +272,27 @@ class Cohort:
                     kept = self._left[run]
                     kept["network"] = _one(network, position)
                     kept["optimizer"] = {name: _one(state, position) for name, state in optimizer.items()}
-        stay = torch.tensor([p for p in range(len(self._stacked)) if p not in set(positions)], dtype=torch.int64)
-        self._stacked = [self._stacked[p] for p in stay.tolist()]
+        stay = [position for position in range(len(self._stacked)) if position not in set(positions)]
+        self._stacked = [self._stacked[position] for position in stay]
         if self._stacked:
-            optimizer = {
-                name: {key: tensor[stay.to(tensor.device)] for key, tensor in state.items()}
-                for name, state in self._optimizer.state().items()
-            }
-            self._best = {name: tensor[stay.to(self._device)] for name, tensor in self._best.items()}
-            self._assemble(self._network.select(stay), optimizer)
+            self._keep(torch.tensor(stay, device=self._device))
+
+    def _keep(self, stay: Tensor) -> None:
+        """Go on with some of the stacked runs; one tensor after the other, so that no second stack is in memory."""
+        network, optimizer = self._network, self._optimizer.state()
+        del self._optimizer, self._steps, self._validation, self._recorder  # which hold what is replaced
+        network.keep(stay)
+        for tensors in (*optimizer.values(), self._best):
+            for name in tensors:
+                tensors[name] = tensors[name].index_select(0, stay)
+        self._assemble(network, optimizer)
 
     def _finish(self, positions: list[int]) -> None:
         """Test the best networks and keep them."""
         if not positions:
             return
-        scores = self._evaluate(self._best_networks(positions), self._feed.test).tolist()
+        test = Evaluation(self._best_networks(positions), self._feed, self._feed.test, self._loss)
+        scores = test.scores(Recorder(self._device, "a test", self._notice, able=False)).tolist()
         for i, position in enumerate(positions):
             run = self._stacked[position]
             record = self.records[run]

@@ -1,6 +1,5 @@
 """How long cohorts take on this machine: a few steps of some, on made-up images, applied to the others."""
 
-import importlib
 import itertools
 import math
 import statistics
@@ -18,6 +17,7 @@ from bpf.data.cache import Data
 from bpf.data.subsets import subset
 from bpf.errors import UsageError
 from bpf.spec.run import RunSpec
+from bpf.spec.values import MatmulPrecision
 from bpf.trackers import Tracker
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import settle
@@ -42,11 +42,6 @@ class Pace:
 
     epoch: float
     measurement: float = 0.0
-
-
-def prepare() -> None:
-    """Import what the first step of an optimizer does, which takes a second and belongs to no measurement."""
-    importlib.import_module("torch._dynamo")
 
 
 def examples_of(spec: RunSpec, extent: Extent) -> int:
@@ -104,7 +99,7 @@ def measure(
         "tracker_every": "1",
     }  # cheap ones, with which a step takes as long
     still = [spec.model_copy(update=changed | {"lr": spec.lr * STILL}) for spec in specs]
-    with _as_in_workers(device):
+    with _as_in_workers(device, first.matmul_precision):
         cohort = Cohort(still, rule, data, trackers, device)
         cohort.run_epoch()  # what the first one does more is not wanted
         epochs: list[float] = []
@@ -132,16 +127,18 @@ def _made_up(examples: int, extent: Extent) -> Data:
 
 
 @contextmanager
-def _as_in_workers(device: torch.device) -> Iterator[None]:
+def _as_in_workers(device: torch.device, precision: MatmulPrecision) -> Iterator[None]:
     """Settle this process for a while. Whether denormal numbers are slow can be seen from whether there are any."""
     threads, flushes = torch.get_num_threads(), not bool(torch.full((1,), 1e-39) * 1)
+    before = torch.get_float32_matmul_precision()
     current = torch.cuda.current_device() if device.type == "cuda" else None
     try:
-        settle(device)
+        settle(device, precision)
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
+        torch.set_float32_matmul_precision(before)
         if current is not None:
             torch.cuda.empty_cache()
             torch.cuda.set_device(current)

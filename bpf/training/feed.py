@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bpf.data.augmentation import augment
+from bpf.data.augmentation import DRAWS, augment
 from bpf.data.cache import Data
 from bpf.data.subsets import subset
+from bpf.nn.randomness import Draws
 from bpf.spec.run import RunSpec
 
 SCALES = {"standard": (127.5, 1 / 127.5), "zero_one": (0.0, 1 / 255), "identity": (0.0, 1.0)}
@@ -58,35 +59,34 @@ class Feed:
     def classifies(self) -> bool:
         return not self._reconstructs
 
-    def steps(self, batch_size: int) -> int:
-        """Batches of an epoch."""
-        return -(-len(self.train) // batch_size)
-
     def batch(
-        self, part: Part, rows: Tensor, generators: list[torch.Generator] | None = None
+        self, part: Part, rows: Tensor, draws: Draws | None = None, which: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [runs, batch, inputs], targets [runs, batch, targets] and labels [runs, batch].
 
-        `rows` [runs, batch] counts within the part. With `generators`, one per run, the images are augmented
-        where the spec asks for it.
+        `rows` [seeds, batch] count among the part's images, such as those of its index. With `draws`, whose streams
+        are those of the seeds, the images are augmented where the spec asks for it. `which` [runs] says whose rows
+        each run gets, where they are not its own.
         """
-        flat = part.index[rows.reshape(-1)]
+        flat = rows.reshape(-1)
         pixels = part.images.index_select(0, flat).view(*rows.shape, -1).to(self._dtype)
-        if generators is not None and self._augments:
-            pixels = self._augmented(pixels, generators)
+        if draws is not None and self._augments:
+            pixels = self._augmented(pixels, draws.uniform("augmentation", rows.shape[1], DRAWS))
         offset, factor = SCALES[self._spec.scaler]
         inputs = pixels.sub_(offset).mul_(factor)
         labels = part.labels.index_select(0, flat).view(rows.shape)
+        if which is not None:
+            inputs, labels = inputs.index_select(0, which), labels.index_select(0, which)
         target = inputs if self._reconstructs else self._one_hot[labels]
         return inputs, target, labels
 
-    def _augmented(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def _augmented(self, pixels: Tensor, drawn: Tensor) -> Tensor:
         changed = augment(
             pixels.view(*pixels.shape[:2], *self._shape),
             brightness=self._spec.brightness,
             rotation=self._spec.rotation,
             zoom=self._spec.zoom,
             translation=self._spec.translation,
-            generators=generators,
+            drawn=drawn,
         )
         return changed.flatten(2)

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 
+from bpf.algorithms import Algorithm
 from bpf.errors import UsageError
 from bpf.spec.run import RunSpec
+from bpf.spec.values import MatmulPrecision
+from bpf.training.footprint import run_bytes
 from bpf.words import counted
 
 BYTES = 4
 COPIES = 4
-"""Weights, gradients and two optimizer states are touched in every step."""
+"""Weights, gradients and two optimizer states are touched in every step on a CPU."""
 DEFAULT_CACHE_BYTES = 16 * 2**20
 MAX_RUNS_CPU, MAX_RUNS_GPU = 64, 1024
-GPU_SHARE = 0.5
+GPU_SHARE = 0.75
 
 
 def choose_device(name: str) -> torch.device:
@@ -26,7 +29,7 @@ def choose_device(name: str) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
-    device = torch.device(name)
+    device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         found = f"{counted(gpus, 'CUDA device')}" if gpus else "no CUDA device"
         raise UsageError(f"device {name}: this machine has {found}. Use --device auto or cpu.")
@@ -35,10 +38,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def settle(device: torch.device) -> None:
-    """Make this process train on `device` in bpf's way: one thread, and no slow denormal numbers."""
+def settle(device: torch.device, matmul_precision: MatmulPrecision = "highest") -> None:
+    """Make this process train on `device` in bpf's way: one thread, no slow denormal numbers, products as precise."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision(matmul_precision)
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -80,27 +84,34 @@ def crowding(device: torch.device, workers: int) -> tuple[float, float]:
 
 
 def cohort_cells(
-    spec: RunSpec, executions: int, inputs: int, targets: int, device: torch.device, sharers: int = 1
+    spec: RunSpec,
+    rule: type[Algorithm],
+    executions: int,
+    inputs: int,
+    targets: int,
+    examples: int,
+    device: torch.device,
+    sharers: int = 1,
 ) -> int:
-    """How many cells of `spec`'s structure to stack, each with `executions` runs.
+    """How many cells of `spec`'s structure to stack, each with `executions` runs on at most so many examples.
 
     On a CPU as many runs as keep what a step touches inside this process's share of the last-level cache; on a
-    GPU as many as half of its memory holds, divided among the workers that share it. At least one cell. The same
-    machine always gives the same number.
+    GPU as many as three quarters of its memory hold, by what a step of the rule takes (`footprint.py`), divided among
+    the workers that share it. At least one cell. The same machine always gives the same number.
     """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        images = examples * inputs
+        budget = int((total - images) * GPU_SHARE / sharers)
+        per_run = run_bytes(spec, rule, inputs, targets, examples)
+        return max(1, min(MAX_RUNS_GPU, budget // per_run) // executions)
     sizes = (inputs, *spec.widths, targets)
     parameters = sum(a * b for a, b in itertools.pairwise(sizes))
     feedback = sum(spec.widths) * targets
     activations = spec.batch_size * (inputs + 3 * sum(spec.widths))
-    if device.type == "cuda":
-        budget = int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE / sharers)
-        per_run = BYTES * ((COPIES + 1) * parameters + feedback + activations)
-        limit = MAX_RUNS_GPU
-    else:
-        budget = cache_bytes() // (os.cpu_count() or 1)
-        per_run = BYTES * (COPIES * parameters + feedback + activations)
-        limit = MAX_RUNS_CPU
-    return max(1, min(limit, budget // per_run) // executions)
+    budget = cache_bytes() // (os.cpu_count() or 1)
+    per_run = BYTES * (COPIES * parameters + feedback + activations)
+    return max(1, min(MAX_RUNS_CPU, budget // per_run) // executions)
 
 
 def cache_bytes() -> int:

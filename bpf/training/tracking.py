@@ -23,7 +23,7 @@ class Tracking:
 
     def __init__(self, trackers: dict[str, Tracker], feed: Feed, rule: Algorithm, loss: Loss, spec: RunSpec) -> None:
         self._trackers, self._feed, self._rule, self._loss = trackers, feed, rule, loss
-        self._seed, self._steps = spec.data_seed, feed.steps(spec.batch_size)
+        self._seed, self._steps = spec.data_seed, -(-len(feed.train) // spec.batch_size)
         unit, self._interval = spec.tracking
         self._by_steps = unit == "steps"
 
@@ -54,6 +54,8 @@ class Tracking:
     @cached_property
     def _probe_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the probe: a fixed batch of training examples, [1, examples, ...]."""
-        order = torch.randperm(len(self._feed.train), generator=generator(self._seed, "probe"))
-        inputs, target, _ = self._feed.batch(self._feed.train, order[None, :PROBE_SIZE].to(self._feed.device))
+        train = self._feed.train
+        order = torch.randperm(len(train), generator=generator(self._seed, "probe"))
+        rows = train.index[order[None, :PROBE_SIZE].to(self._feed.device)]
+        inputs, target, _ = self._feed.batch(train, rows)
         return inputs, target

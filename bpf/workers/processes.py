@@ -22,7 +22,6 @@ from bpf.interrupts import SIGNALS
 
 PRELOADED = (
     "bpf.workers.worker",
-    "torch._dynamo",  # by the first step of an optimizer
     "alembic.command",  # these by Optuna, when it opens a database
     "alembic.script",
     "optuna.storages._rdb.models",

@@ -92,12 +92,13 @@ class Worker:
 
     def __post_init__(self) -> None:
         grid = stored_grid(self.study.spec)
-        self._executions = grid.executions_per_trial
+        self._executions, self._precision = grid.executions_per_trial, grid.matmul_precision
         self._keep = bool(self.study.settings.get("keep_checkpoints"))
         self._device = choose_device(self.job.device)
         data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
         self._data = data.to(self._device)
         self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
+        self._noticed: set[str] = set()
 
     def run(self) -> None:
         """Train until nothing is pending.
@@ -105,7 +106,7 @@ class Worker:
         Raises Interrupted after a request to stop, and BpfError when the work cannot go on; what was claimed is
         released in either case.
         """
-        settle(self._device)
+        settle(self._device, self._precision)
         self.study.patience, self.study.on_wait = PATIENCE_SECONDS, self._wait
         self.study.repair()
         with explaining(self.study.locks):
@@ -166,7 +167,13 @@ class Worker:
 
     def _cohort(self, specs: list[RunSpec]) -> Cohort:
         rule = self._rules[specs[0].algorithm]
-        return Cohort(specs, rule, self._data, self._trackers, self._device, keep_final=self._keep)
+        return Cohort(specs, rule, self._data, self._trackers, self._device, keep_final=self._keep, notice=self._notice)
+
+    def _notice(self, text: str) -> None:
+        """Tell what a cohort has to say, once."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            self.tell(Trouble(text))
 
     def _train(self, training: ClaimTraining) -> None:
         claim, first = training.claim, training.specs[0]
@@ -311,7 +318,8 @@ class Worker:
         channels, height, width = self._data.shape
         inputs = channels * height * width
         targets = inputs if spec.problem_type == "reconstruction" else len(self._data.classes)
-        return cohort_cells(spec, self._executions, inputs, targets, self._device, self.job.sharers)
+        rule, examples = self._rules[spec.algorithm], len(self._data.train_labels)
+        return cohort_cells(spec, rule, self._executions, inputs, targets, examples, self._device, self.job.sharers)
 
     def _wait(self, reason: str) -> None:
         """Let a person know, and go on waiting unless asked to stop."""

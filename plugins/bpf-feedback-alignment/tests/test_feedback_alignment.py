@@ -41,7 +41,7 @@ def step_of(kind: type[Algorithm], batch_norm: bool = False) -> Step:
     return step
 
 
-def drop(batch: int, units: int) -> Tensor | None:
+def drop(layer: int, batch: int, units: int) -> Tensor | None:
     if units != WIDTHS[1]:
         return None
     mask = (torch.arange(batch)[:, None] + torch.arange(units)) % 2 * 2.0
@@ -76,7 +76,7 @@ def test_fa_is_autograd_with_b_in_the_backward_pass(batch_norm):
             a = (a - a.mean(1, keepdim=True)) / (a.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
             a = a * leaves[f"scale.{k}"] + leaves[f"shift.{k}"]
         h = torch.tanh(a)
-        mask = drop(BATCH, WIDTHS[k])
+        mask = drop(k, BATCH, WIDTHS[k])
         h = h if mask is None else h * mask
     loss = -(torch.log_softmax(a, -1) * step.target).sum(-1).mean(1).sum()
     loss.backward()
@@ -119,7 +119,7 @@ def test_sdfa_sends_the_sign_of_the_error_over_the_batch_size():
         below = h
         h = torch.tanh(below @ parameters[f"weight.{k}"].mT + parameters[f"bias.{k}"])
         delta = sign @ step.network.buffers[f"feedback.{k}"].mT * (1 - h * h)
-        mask = drop(BATCH, width)
+        mask = drop(0, BATCH, width)
         torch.testing.assert_close(step.network.gradients[f"weight.{k}"], delta.mT @ below / BATCH)
         torch.testing.assert_close(step.network.gradients[f"bias.{k}"], delta.mean(1, keepdim=True))
         h = h if mask is None else h * mask

@@ -23,7 +23,7 @@ class TestPepitaContractWithAnOption(AlgorithmContract):
     options: ClassVar = {"feedback_scale": 0.2}
 
 
-def mask(batch: int, units: int) -> Tensor:
+def mask(layer: int, batch: int, units: int) -> Tensor:
     kept = (torch.arange(batch)[:, None] + torch.arange(units)) % 2 * 2.0
     return kept.to(torch.float64).repeat(len(SEEDS), 1, 1)
 
@@ -70,7 +70,7 @@ def test_pepita_is_its_equations_summed_over_examples(loss, predict, scale):
         feedback = step.network.buffers["pepita.feedback"][run]
         for b in range(BATCH):
             x, y = step.inputs[run, b], step.target[run, b]
-            dropped = [mask(BATCH, units)[run, b] for units in WIDTHS]
+            dropped = [mask(k, BATCH, units)[run, b] for k, units in enumerate(WIDTHS)]
             _, clean, logits = forward(step, run, x, dropped)
             error = (predict(logits) - y) * scale
             inputs, modulated, logits = forward(step, run, x + feedback @ error, dropped)
