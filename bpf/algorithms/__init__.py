@@ -1,8 +1,9 @@
 """Learning rules, and the names that a plugin needs to add one."""
 
 from bpf.algorithms.base import Algorithm, Options, Problem, ProjectionRule, Step
+from bpf.nn.initialisers import random_feedback
 from bpf.nn.losses import binary_cross_entropy, cross_entropy, predict, squared_error
-from bpf.nn.network import Layer, Network, Structure, Trace, random_feedback
+from bpf.nn.network import Layer, Network, Structure, Trace
 
 __all__ = [
     "Algorithm",

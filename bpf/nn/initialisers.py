@@ -1,13 +1,18 @@
-"""Initial forward weights and feedback matrices by their published names.
+"""Initial forward weights and feedback matrices by their published names, of one run and stacked.
 
 An initialiser draws one run's matrix: `(rows, columns, generator, dtype) -> [rows, columns]`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from bpf.nn.randomness import generator
+
+K = TypeVar("K")
 
 Draw = Callable[[int, int, torch.Generator, torch.dtype], Tensor]
 CPU = torch.device("cpu")
@@ -82,3 +87,33 @@ def forward_bias(name: str, units: int, fan_in: int, generator: torch.Generator,
     if name == "torch":
         return uniform(1 / math.sqrt(fan_in), (1, units), generator, dtype)
     return torch.zeros(1, units, dtype=dtype)
+
+
+def random_feedback(
+    runs: Sequence[tuple[int, str]], purpose: str, units: int, targets: int, dtype: torch.dtype
+) -> Tensor:
+    """A fixed random matrix [runs, units, targets], one (seed, initialiser name) per run."""
+    return _stacked(runs, lambda run: FEEDBACK[run[1]](units, targets, generator(run[0], purpose), dtype))
+
+
+def random_weights(
+    init: str, seeds: Sequence[int], purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Forward weights [runs, *shape], drawn once for each seed; what `aligned` does not determine is orthogonal."""
+    name = "orthogonal" if init == "aligned" else init
+    return _stacked(
+        seeds, lambda seed: forward_weight(name, *shape, generator(seed, purpose), dtype, device).to(device)
+    )
+
+
+def random_biases(
+    init: str, seeds: Sequence[int], purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Biases [runs, 1, units] of weights of that shape."""
+    return _stacked(seeds, lambda seed: forward_bias(init, *shape, generator(seed, purpose), dtype).to(device))
+
+
+def _stacked(runs: Sequence[K], draw: Callable[[K], Tensor]) -> Tensor:
+    """What is drawn once for each distinct key, stacked along the run axis."""
+    drawn = {run: draw(run) for run in dict.fromkeys(runs)}
+    return torch.stack([drawn[run] for run in runs])

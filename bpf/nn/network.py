@@ -5,7 +5,7 @@ Weights are `[runs, out, in]`, activations `[runs, batch, units]`, feedback matr
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bpf.nn.activations import ACTIVATIONS
-from bpf.nn.initialisers import CPU, FEEDBACK, forward_bias, forward_weight
-from bpf.nn.randomness import generator
+from bpf.nn.initialisers import CPU, random_biases, random_feedback, random_weights
 
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
@@ -196,9 +195,15 @@ class Network:
                 drawn = random_feedback(runs, f"feedback.{k}", units, structure.targets, dtype)
                 buffers[f"feedback.{k}"] = drawn.to(device)
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            parameters[f"weight.{k}"] = _weights(structure, runs, k, fan_out, fan_in, buffers, dtype, device)
+            before, own = buffers.get(f"feedback.{k - 1}"), buffers.get(f"feedback.{k}")
+            matrix = fan_out, fan_in
+            if structure.init == "aligned" and before is not None:
+                weights = before.mT if own is None else torch.bmm(own, before.mT)
+                parameters[f"weight.{k}"] = weights.contiguous()
+            else:
+                parameters[f"weight.{k}"] = random_weights(structure.init, seeds, f"weight.{k}", matrix, dtype, device)
             if structure.use_bias:
-                parameters[f"bias.{k}"] = _biases(structure, runs, k, fan_out, fan_in, dtype).to(device)
+                parameters[f"bias.{k}"] = random_biases(structure.init, seeds, f"bias.{k}", matrix, dtype, device)
             if structure.batch_norm and k < len(structure.widths):
                 shape = len(runs), 1, fan_out
                 parameters[f"scale.{k}"] = torch.ones(shape, dtype=dtype, device=device)
@@ -282,51 +287,6 @@ class Network:
         parameters = {name: change(tensor) for name, tensor in self.parameters.items()}
         buffers = {name: change(tensor) for name, tensor in self.buffers.items()}
         return Network(self.structure, parameters, buffers, self.shared_gradients)
-
-
-def random_feedback(
-    runs: Iterable[tuple[int, str]], purpose: str, units: int, targets: int, dtype: torch.dtype
-) -> Tensor:
-    """A fixed random matrix [runs, units, targets], one (seed, initialiser name) per run."""
-    return _stack(runs, lambda run: FEEDBACK[run[1]](units, targets, generator(run[0], purpose), dtype))
-
-
-def _weights(
-    structure: Structure,
-    runs: Sequence[tuple[int, str]],
-    k: int,
-    fan_out: int,
-    fan_in: int,
-    buffers: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    if structure.init == "aligned" and k > 0:
-        before = buffers[f"feedback.{k - 1}"]
-        return (
-            before.mT if k == len(structure.widths) else torch.bmm(buffers[f"feedback.{k}"], before.mT)
-        ).contiguous()
-    name = "orthogonal" if structure.init == "aligned" else structure.init
-    return _stack(
-        [(seed, name) for seed, _ in runs],
-        lambda run: forward_weight(run[1], fan_out, fan_in, generator(run[0], f"weight.{k}"), dtype, device).to(device),
-    )
-
-
-def _biases(
-    structure: Structure, runs: Sequence[tuple[int, str]], k: int, units: int, fan_in: int, dtype: torch.dtype
-) -> Tensor:
-    return _stack(
-        [(seed, structure.init) for seed, _ in runs],
-        lambda run: forward_bias(run[1], units, fan_in, generator(run[0], f"bias.{k}"), dtype),
-    )
-
-
-def _stack(runs: Iterable[tuple[int, str]], draw: Callable[[tuple[int, str]], Tensor]) -> Tensor:
-    """Draw each distinct (seed, name) once, and stack along the run axis."""
-    runs = list(runs)
-    drawn = {run: draw(run) for run in dict.fromkeys(runs)}
-    return torch.stack([drawn[run] for run in runs])
 
 
 def _zeros(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
