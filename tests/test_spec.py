@@ -347,6 +347,7 @@ def test_identity_is_what_determines_the_numbers():
         {"val_frac": 0.2},
         {"early_stopping": 3},
         {"rotation": 3},
+        {"matmul_precision": "high"},
         {"scaler": "zero_one"},
         {"skew_type": "step"},
         {"options": {"dfa": {"scale": 3}}},

@@ -118,13 +118,14 @@ def stacks(
     members: dict[str, list[Cell]] = {}
     for cell in cells:
         members.setdefault(cell.structure, []).append(cell)
+    specs = {name: RunSpec.model_construct(**alike[0].spec) for name, alike in members.items()}
+    rules = load_rules(list(dict.fromkeys(spec.algorithm for spec in specs.values())))
     found, cohorts = {}, 0
     examples: dict[tuple[str, float | None], int] = {}
     for name, alike in members.items():
-        spec = RunSpec.model_construct(**alike[0].spec)
+        spec = specs[name]
         targets = extent.inputs if spec.problem_type == "reconstruction" else extent.classes
-        rule = load_rules([spec.algorithm])[spec.algorithm]
-        size = cohort_cells(spec, rule, executions, extent.inputs, targets, extent.train, device)
+        size = cohort_cells(spec, rules[spec.algorithm], executions, extent.inputs, targets, extent.train, device)
         cohorts += -(-len(alike) // size)
         left = {cell.key: max(0, executions - done.get(cell.key, 0)) for cell in alike}
         open_cells = [cell for cell in alike if left[cell.key]]

@@ -142,6 +142,6 @@ class Evaluation:
 
 def add_scores(totals: Tensor, loss: Tensor, logits: Tensor, labels: Tensor, classifies: bool) -> None:
     """Add a batch's sums of loss and, where the runs classify, of errors to `totals` [2, runs]."""
-    totals[0] += loss.sum(1)
+    totals[0].add_(loss.sum(1))
     if classifies:
-        totals[1] += (logits.argmax(-1) != labels).sum(1)
+        totals[1].add_((logits.argmax(-1) != labels).sum(1))
