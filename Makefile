@@ -4,7 +4,7 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 SOURCES := bpf plugins tests benchmarks
 
-.PHONY: help install demo test test-all chaos fuzz lint format bench clean
+.PHONY: help install demo test test-all gpu chaos fuzz lint format bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,11 @@ test: install  ## run the tests, but for those that take long
 
 test-all: install  ## run every test: also kills at every place, browsers, servers that restart, real images
 	$(BIN)/python -m pytest -n auto
+
+gpu: install  ## on a machine with a CUDA device: the tests that need one, and bpf beside its floor (8 minutes, build/gpu.json)
+	$(BIN)/python -m pytest -rs -m gpu
+	mkdir -p build
+	$(BIN)/python benchmarks/gpu.py --json build/gpu.json
 
 chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out
 	BPF_CHAOS_KILLS=$${BPF_CHAOS_KILLS:-200} $(BIN)/python -m pytest -s tests/test_chaos.py

@@ -257,6 +257,8 @@ def beside(bench: Bench) -> None:
     archs = [bench.arch(arch) for arch in ("500", "1000-1000", "500-1000-500", "1000")]
     made = [bench.cohort(spec_of("dfa", arch), runs, data) for arch in archs]
     for one in made:
+        if one._recorder.active:  # working memory of libraries belongs to a stream
+            one._recorder._stream = torch.cuda.Stream(bench.device)
         epochs(one, bench.device)
     bench.say("Steps only, of graphs that are recorded: `beside` replays one step of each in turn, each in its stream.")
     for names, subjects in ((archs[:2], made[:2]), (archs[2:], made[2:]), (archs, made)):

@@ -230,7 +230,6 @@ def plain_loop(sizes: Sequence[int], data: Data, steps: int, device: torch.devic
         loss.backward()
         optimizer.step()
 
-    step()
     once = captured(device, step) if by_hand else step
 
     def epoch() -> None:

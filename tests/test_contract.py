@@ -142,6 +142,31 @@ class KeepsTensorsInTheRule(Right):
         return (output_error * self.own).to(target.dtype)
 
 
+class ReadsValues(Right):
+    """Decides by a value of the batch."""
+
+    def gradients(self, step):
+        super().gradients(step)
+        if step.logits.max() > 1e9:
+            raise OverflowError
+
+
+class CountsItsSteps(Right):
+    """Would do something else in the hundredth step."""
+
+    steps = 0
+
+    def gradients(self, step):
+        self.steps += 1
+        super().gradients(step)
+
+
+class SaysThatItCannotBeRecorded(ReadsValues):
+    """Decides by a value of the batch, and says so."""
+
+    capturable = False
+
+
 class MixesTheRuns(Right):
     """Every run learns from the mean of all runs' errors."""
 
@@ -255,6 +280,8 @@ class GuessesForEver(Right):
         (HiddenLayersNeverLearn, "test_hidden_layers_learn", "the gradient of weight.0 is zero"),
         (ReportsNothing, "test_reports_the_forward_pass", "step.logits is not set"),
         (IgnoresDropout, "test_reports_the_forward_pass", "step.logits are not those of a forward pass"),
+        (ReadsValues, "test_its_steps_can_be_recorded", "a step reads values back, by _local_scalar_dense"),
+        (CountsItsSteps, "test_its_steps_can_be_recorded", "a step changes its steps by Python"),
         (KeepsTensorsInTheRule, "test_runs_can_leave", "keep per-run tensors in network.buffers"),
         (MixesTheRuns, "test_a_cohort_is_its_runs", "a run's numbers depend on what it is stacked with"),
         (Remembers, "test_has_no_memory", "gradients depend on batches seen before"),
@@ -284,6 +311,10 @@ class GuessesForEver(Right):
 )
 def test_a_wrong_rule_breaks_the_contract(kind, check, message):
     assert message in failures(kind, [check]).get(check, "it passed")
+
+
+def test_a_rule_may_say_that_it_cannot_be_recorded():
+    assert failures(SaysThatItCannotBeRecorded, ["test_its_steps_can_be_recorded"]) == {}
 
 
 def test_a_rule_that_is_said_to_be_frozen_must_be():

@@ -8,8 +8,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.data import cache
@@ -19,6 +17,7 @@ from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Draws, generator
 from bpf.spec.run import RunSpec
+from bpf.testing.bench import ReadsBack
 from bpf.training import capture, footprint, hardware
 from bpf.training.capture import Recorder
 from bpf.training.cohort import Cohort
@@ -27,7 +26,6 @@ CPU = torch.device("cpu")
 EVERYTHING = {"dropout": 0.3, "rotation": 20, "brightness": 0.3, "batch_norm": True, "weight_decay": 0.01}
 RULES = ("bp", "dfa", "drtp", "ll-cce", "ll-mse", "fa", "sdfa", "shallow", "pepita")
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd", "nag")
-READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "_unique", "unique_dim")
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +51,6 @@ def as_on_cuda(monkeypatch):
     )
 
 
-class Strict(TorchDispatchMode):
-    """Notes operations that read a tensor's values, or decide a shape by them, and copies between devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8)
-            for leaf in tree_leaves(args[1:2])
-        )
-        if name in READS_BACK or by_mask:
-            self.found.add(name)
-        return function(*args, **(kwargs or {}))
-
-
 def places(cohort):
     """Where everything lies that a step may change."""
     steps, network = cohort._steps, cohort._network
@@ -90,7 +70,7 @@ def test_a_step_reads_nothing_back_and_leaves_nothing_new(rule, optimizer, digit
     with torch.no_grad():
         steps._clock.begin(1)
         steps._shuffle(1)
-        strict = Strict()
+        strict = ReadsBack()
         with footprint._Meter() as meter, strict:
             steps._whole_step()
             steps._last_step()
@@ -105,7 +85,7 @@ def test_a_step_reads_nothing_back_and_leaves_nothing_new(rule, optimizer, digit
 def test_the_watch_over_steps_sees_what_it_should():
     mask = torch.tensor([True, False])
     for read in (lambda: mask.any().item(), mask.nonzero, lambda: torch.ones(2)[mask], lambda: bool(mask[0])):
-        strict = Strict()
+        strict = ReadsBack()
         with strict:
             read()
         assert strict.found

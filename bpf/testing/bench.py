@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Algorithm, Network, Problem, Step
 from bpf.nn.losses import output_loss, squash_for
@@ -109,6 +111,24 @@ def same(actual: Tensors, expected: Tensors, what: str) -> None:
 def running(bench: Bench) -> set[str]:
     """Names of the buffers that a forward pass changes."""
     return set(bench.network.state()) - set(bench.network.parameters)
+
+
+class ReadsBack(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations that read a tensor's values, or whose results have a shape that depends on them: on a GPU the
+    program waits there, and no recording can."""
+
+    NAMES = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"})
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        indices = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, Tensor)] if "index" in name else []
+        if name in self.NAMES or any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+            self.found.add(name)
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -15,7 +15,19 @@ from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.fields import choices
 from bpf.spec.grid import TUNABLE
 from bpf.spec.run import RunSpec
-from bpf.testing.bench import RUNS, WIDTHS, Bench, Case, close, explained, global_generators, running, same
+from bpf.testing.bench import (
+    RUNS,
+    WIDTHS,
+    Bench,
+    Case,
+    ReadsBack,
+    close,
+    explained,
+    global_generators,
+    running,
+    same,
+)
+from bpf.training.capture import changed, held
 from bpf.training.cohort import Cohort
 
 GUESSING = 0.8
@@ -57,7 +69,7 @@ class AlgorithmContract:
         for attribute in ("equation", "reference"):
             text = getattr(kind, attribute)
             assert len(str(text).splitlines()) == 1, f"{attribute} must be one line of text"
-        for attribute in ("needs_bounded_activation", "has_feedback", "layerwise"):
+        for attribute in ("needs_bounded_activation", "has_feedback", "layerwise", "capturable"):
             assert isinstance(getattr(kind, attribute), bool), f"{attribute} must be True or False"
         known = set(choices("problem_type"))
         assert set() < kind.problem_types <= known, f"problem_types must be some of {sorted(known)}"
@@ -154,6 +166,22 @@ class AlgorithmContract:
             assert all(torch.equal(results[0][name], results[1][name]) for name in results[0]), (
                 f"{case}: equal seeds give unequal numbers"
             )
+
+    def test_its_steps_can_be_recorded(self) -> None:
+        """CUDA records a step and replays it: it must be the same operations every time, on the same tensors."""
+        if not self.rule().capturable:
+            return
+        otherwise = "CUDA cannot record it; if it must, declare capturable = False"
+        for case in self._structures():
+            bench = self._bench(case)
+            bench.run()
+            before = held(bench.rule, bench.network)
+            with torch.no_grad(), ReadsBack() as reads:
+                bench.rule.gradients(bench.step())
+            by = ", ".join(sorted(reads.found))
+            assert not reads.found, f"{case}: a step reads values back, by {by}: {otherwise}"
+            replaced = changed(before, held(bench.rule, bench.network))
+            assert not replaced, f"{case}: a step changes {', '.join(replaced)} by Python: {otherwise}"
 
     def test_changes_gradients_only(self) -> None:
         for case in self._structures():

@@ -9,11 +9,14 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
-Watched = Callable[[], Mapping[str, object]]
+from bpf.algorithms import Algorithm, Network
+
+Held = Callable[[], Mapping[str, object]]
 """What must stay the same objects, by what a person calls them; numbers and texts must stay equal."""
 OFF = "BPF_NO_CAPTURE"
 _SYNCHRONISES = "called a synchronizing CUDA operation"
@@ -33,7 +36,7 @@ class Recorder:
         self._calls: dict[str, int] = {}
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         if self.active:
-            self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = _stream_of(device)
             self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -50,7 +53,7 @@ class Recorder:
         finally:
             outside.wait_stream(self._stream)
 
-    def run(self, name: str, function: Callable[[], None], watched: Watched | None = None) -> None:
+    def run(self, name: str, function: Callable[[], None], held: Held | None = None) -> None:
         if not self.active:
             return function()
         if name in self._graphs:
@@ -59,12 +62,16 @@ class Recorder:
         if calls == 1:
             function()
         elif calls == 2:
-            self._watch(function, watched or dict)
+            self._watch(function, held or dict)
         else:
             self._record(name, function)
 
-    def _watch(self, function: Callable[[], None], watched: Watched) -> None:
-        before, reason = watched(), None
+    def clear(self) -> None:
+        """Let go of the recordings and their memory."""
+        self._graphs.clear()
+
+    def _watch(self, function: Callable[[], None], held: Held) -> None:
+        before, reason = held(), None
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -77,8 +84,8 @@ class Recorder:
                 reason = reason or f"it waits for the GPU in {one.filename}, line {one.lineno}"
             elif "Synchronization debug mode" not in str(one.message):
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        if changed := [name for name, value in watched().items() if not _same(before.get(name), value)]:
-            reason = reason or f"it changes {changed[0]} by Python, which a recording would not"
+        if replaced := changed(before, held()):
+            reason = reason or f"it changes {replaced[0]} by Python, which a recording would not"
         if reason:
             self._give_up(reason)
 
@@ -92,8 +99,11 @@ class Recorder:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what happened first is what matters
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -108,8 +118,28 @@ class Recorder:
 
     def _give_up(self, reason: str) -> None:
         self.active = False
-        self._graphs.clear()
+        self.clear()
         self._notice(f"The steps of {self._who} are not recorded as CUDA graphs and take longer: {reason}.")
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings: libraries keep working memory for each."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
+def held(rule: Algorithm, network: Network) -> dict[str, object]:
+    """What a recording of a rule's step holds on to: the rule's attributes, and where the network's tensors lie."""
+    tensors = network.parameters | network.buffers | {f"gradient.{n}": t for n, t in network.gradients.items()}
+    return {f"its {name}": value for name, value in vars(rule).items()} | {
+        f"the tensor {name}": tensor.data_ptr() for name, tensor in tensors.items()
+    }
+
+
+def changed(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """What is held now and was not, or was another object."""
+    return [name for name, value in now.items() if not _same(before.get(name), value)]
 
 
 def _same(before: object, now: object) -> bool:

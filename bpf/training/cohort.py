@@ -280,6 +280,7 @@ class Cohort:
     def _keep(self, stay: Tensor) -> None:
         """Go on with some of the stacked runs; one tensor after the other, so that no second stack is in memory."""
         network, optimizer = self._network, self._optimizer.state()
+        self._recorder.clear()
         del self._optimizer, self._steps, self._validation, self._recorder  # which hold what is replaced
         network.keep(stay)
         for tensors in (*optimizer.values(), self._best):

@@ -23,8 +23,10 @@ from bpf.training.cohort import Cohort
 from bpf.training.hardware import settle
 from bpf.training.tracking import PROBE_SIZE
 
-STEPS = 64
-"""More in one measurement would tell nothing new."""
+STEPS = {"cpu": 64, "cuda": 256}
+"""More in one measurement would tell nothing new; on a GPU an epoch costs more beside its steps."""
+WARM_UP = {"cpu": 1, "cuda": 3}
+"""Epochs that are not measured: on a GPU everything that an epoch does is recorded in the third."""
 STILL = 1e-6
 """Learning rates are multiplied by it, as nothing is to be learnt: a network that diverged would leave its cohort."""
 ENDLESS = 1_000_000
@@ -32,8 +34,8 @@ MAX_BYTES = 2**29
 """Of made-up images."""
 STEP_WEIGHTS, STEP_COSTS = 15, 180_000
 """What a step costs beside its examples, in products: 15 for each weight (the optimizer), and a constant."""
-PRODUCTS_PER_SECOND = 6e9
-"""Of one core, roughly: to choose how many steps to measure, and whether it is worth while."""
+PRODUCTS_PER_SECOND, ON_CUDA, LAUNCH_SECONDS = 6e9, 2e12, 3e-4
+"""Of one core and of a GPU, and a step at least, roughly: to choose how many steps to measure, and whether to."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,11 @@ def measure(
     """
     first = specs[0]
     steps = math.ceil(examples / first.batch_size)
+    kind = "cuda" if device.type == "cuda" else "cpu"
     step = products(first, extent, examples) / steps * len(specs) / PRODUCTS_PER_SECOND
-    taken = min(steps, max(2, min(STEPS, int(seconds / step / 2))))
+    if kind == "cuda":
+        step = max(LAUNCH_SECONDS, step * PRODUCTS_PER_SECOND / ON_CUDA)
+    taken = min(steps, max(2, min(STEPS[kind], int(seconds / step / 2))))
     shown = min(examples, max(taken * first.batch_size, PROBE_SIZE if trackers else 0))
     if taken * step > 4 * seconds or shown * extent.inputs > MAX_BYTES:
         return None
@@ -101,11 +106,12 @@ def measure(
     still = [spec.model_copy(update=changed | {"lr": spec.lr * STILL}) for spec in specs]
     with _as_in_workers(device, first.matmul_precision):
         cohort = Cohort(still, rule, data, trackers, device)
-        cohort.run_epoch()  # what the first one does more is not wanted
+        for _ in range(WARM_UP[kind]):
+            cohort.run_epoch()
         epochs: list[float] = []
         measurements: list[float] = []
         end = time.perf_counter() + seconds / 2
-        while not epochs or (time.perf_counter() < end and len(epochs) < STEPS):
+        while not epochs or (time.perf_counter() < end and len(epochs) < STEPS[kind]):
             tracked, began = _tracked(cohort), time.perf_counter()
             cohort.run_epoch()
             took, tracked = time.perf_counter() - began, _tracked(cohort) - tracked

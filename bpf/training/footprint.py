@@ -15,6 +15,7 @@ from bpf.nn.network import Network, Structure
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout
 from bpf.spec.run import RunSpec
+from bpf.training.steps import EVALUATION_ROWS
 
 _KNOWN: dict[tuple[str, type[Algorithm], int, int], int] = {}
 
@@ -24,14 +25,15 @@ class Footprint:
     """Bytes of one run.
 
     `parameters` are numbers, not bytes. `kept` lasts as long as the training: parameters, gradients, the optimizer's
-    memory and the feedback; `state` is the part of it that is kept a second time, for the best epoch. `step` is what
-    the tensors of one step take on top at most, its batch included.
+    memory and the feedback; `state` is the part of it that is kept a second time, for the best epoch. `step` and
+    `evaluation` are what the tensors of a step, with its batch, and of a batch of the evaluation take on top at most.
     """
 
     parameters: int
     kept: int
     state: int
     step: int
+    evaluation: int
 
 
 @torch.no_grad()
@@ -66,16 +68,20 @@ def footprint(
     step()
     with _Meter() as meter:
         step()
+    with _Meter() as evaluation:  # whose images are those of all runs
+        rows = torch.zeros(1, EVALUATION_ROWS, inputs, device=device)
+        loss(network.logits(rows), torch.zeros(1, EVALUATION_ROWS, targets, device=device))
     kept = [*network.parameters.values(), *network.buffers.values(), *network.gradients.values()]
     kept += [tensor for state in optimizer.state().values() for tensor in state.values()]
     parameters = sum(map(Tensor.numel, network.parameters.values()))
-    return Footprint(parameters, _bytes(kept), _bytes(list(network.state().values())), meter.peak)
+    return Footprint(parameters, _bytes(kept), _bytes(list(network.state().values())), meter.peak, evaluation.peak)
 
 
 def run_bytes(spec: RunSpec, rule: type[Algorithm], inputs: int, targets: int, examples: int) -> int:
     """The memory of each run of a cohort on a GPU, whose epochs have so many examples: a prediction.
 
-    What it keeps, the network of its best epoch, one step, and the order of an epoch (as if no other run had its seed).
+    What it keeps, the network of its best epoch, one step or evaluation, and the order of an epoch, as if no other run
+    had its seed.
     """
     alike = {"lr": 1.0, "seed": 0, "bw_init": "lecun", "weight_decay": 0.0, "dropout": 0.5 * bool(spec.dropout)}
     text = spec.model_copy(update=alike).model_dump_json(exclude={"trackers", "tracker_every", "device", "epochs"})
@@ -85,7 +91,7 @@ def run_bytes(spec: RunSpec, rule: type[Algorithm], inputs: int, targets: int, e
             found = footprint(spec, rule, inputs, targets, "meta")
         except RuntimeError:  # of a rule that reads values, which are not there
             found = footprint(spec, rule, inputs, targets)
-        _KNOWN[known] = found.kept + found.state + found.step
+        _KNOWN[known] = found.kept + found.state + max(found.step, found.evaluation)
     return _KNOWN[known] + 8 * examples
 
 

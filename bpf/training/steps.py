@@ -13,7 +13,7 @@ from bpf.nn.losses import Loss
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout, orders
 from bpf.spec.run import RunSpec
-from bpf.training.capture import Recorder
+from bpf.training.capture import Recorder, held
 from bpf.training.feed import Feed, Part
 
 EVALUATION_ROWS = 512
@@ -65,9 +65,9 @@ class Steps:
 
     def _run(self, number: int) -> None:
         if number < self._whole:
-            self._recorder.run("step", self._whole_step, self._watched)
+            self._recorder.run("step", self._whole_step, self._held)
         else:
-            self._recorder.run("last step", self._last_step, self._watched)
+            self._recorder.run("last step", self._last_step, self._held)
 
     def _shuffle(self, epoch: int) -> None:
         drawn = orders(self._seeds, len(self._feed.train), epoch).to(self._order.device)
@@ -94,13 +94,8 @@ class Steps:
         if self._layerwise:
             self._optimizer.step(layer.index)
 
-    def _watched(self) -> dict[str, object]:
-        """What a step must not replace: the rule's attributes, and where the network's tensors lie."""
-        network = self._network
-        tensors = network.parameters | network.buffers | {f"gradient.{n}": t for n, t in network.gradients.items()}
-        return {f"its {name}": value for name, value in vars(self._rule).items()} | {
-            f"the tensor {name}": tensor.data_ptr() for name, tensor in tensors.items()
-        }
+    def _held(self) -> dict[str, object]:
+        return held(self._rule, self._network)
 
 
 class Evaluation:
