@@ -3,7 +3,7 @@
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv make git \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev make git \
     && rm -rf /var/lib/apt/lists/*
 
 COPY . /opt/bpf

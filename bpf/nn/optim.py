@@ -220,10 +220,10 @@ def _in_torch(name: str, momentum: float, slot: Slot, rate: Tensor, decay: Tenso
         mean.lerp_(gradient, 1 - BETA_1)
         square.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
         first, second = corrections[0].to(rate.dtype), corrections[1].sqrt().to(rate.dtype)
-        parameter.sub_(mean.div(square.sqrt().div_(second).add_(EPSILON)).mul_(rate / first))
+        parameter.addcdiv_(mean, square.sqrt().div_(second).add_(EPSILON).mul_(first / rate), value=-1)
     elif name == "rmsprop":
         memory[0].mul_(ALPHA).addcmul_(gradient, gradient, value=1 - ALPHA)
-        parameter.sub_(gradient.div(memory[0].sqrt().add_(EPSILON)).mul_(rate))
+        parameter.addcdiv_(gradient, memory[0].sqrt().add_(EPSILON).div_(rate), value=-1)
     elif memory:
         memory[0].mul_(momentum).add_(gradient)
         parameter.sub_((gradient + momentum * memory[0] if name == "nag" else memory[0]) * rate)
