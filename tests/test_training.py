@@ -13,7 +13,8 @@ from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
 from bpf.experiment.plugins import load_rules
-from bpf.nn.network import Network, Structure
+from bpf.nn.layer import Structure
+from bpf.nn.network import Network
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout, generator, orders
 from bpf.spec.run import RunSpec

@@ -70,23 +70,37 @@ class StackedOptimizer:
             known = state[parameter_name] if state else {}
             memory = tuple(known[n] if known else torch.zeros_like(parameter) for n in self._memory_names)
             self._slots[parameter_name] = Slot(parameter, network.gradients[parameter_name], memory)
-        names = [[n for n in self._slots if n.endswith(f".{k}")] for k in range(len(network.layers))]
+        last = len(network.layers) - 1
+        layers = {n: int(k) if (k := n.rpartition(".")[2]).isdecimal() else last for n in self._slots}
+        names = [[n for n in self._slots if layers[n] == k] for k in range(last + 1)]
         self._parts = names if layerwise else [list(self._slots)]
         device = next(iter(network.parameters.values())).device
         counts = [state[part[0]].get("step") if state else None for part in self._parts]
         self._steps = [torch.zeros((), device=device) if n is None else n[0].clone() for n in counts]
-        rates = list(zip(learning_rates, weight_decays, strict=True))
         make = _fused if device.type == "cpu" and name != "rmsprop" else _stacked
-        self._updates = [
-            make(name, momentum, [self._slots[name] for name in part], rates, steps)
-            for part, steps in zip(self._parts, self._steps, strict=True)
-        ]
+        self._updates: list[list[Callable[[], None]]] = []
+        for part, steps in zip(self._parts, self._steps, strict=True):
+            factors = {parameter: network.rate(parameter) for parameter in part}
+            groups = [[n for n in part if factors[n] == factor] for factor in dict.fromkeys(factors.values())]
+            self._updates.append(
+                [
+                    make(
+                        name,
+                        momentum,
+                        [self._slots[n] for n in group],
+                        [(rate * factors[group[0]], d) for rate, d in zip(learning_rates, weight_decays, strict=True)],
+                        steps,
+                    )
+                    for group in groups
+                ]
+            )
 
     def step(self, layer: int = 0) -> None:
         """Apply the gradients: of one layer when made `layerwise`, else of all."""
         if self._counts:
             self._steps[layer].add_(1)
-        self._updates[layer]()
+        for update in self._updates[layer]:
+            update()
 
     def state(self) -> State:
         """What is remembered of each parameter, stacked over runs: the memory itself, and the steps as copies."""

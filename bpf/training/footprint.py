@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Algorithm, Problem, Step
+from bpf.nn.layer import Structure
 from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Network, Structure
+from bpf.nn.network import Network
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout
 from bpf.spec.run import RunSpec
@@ -55,6 +56,7 @@ def footprint(
     network = network.to(device)
     optimizer = StackedOptimizer(spec.optimizer, network, [spec.lr], [spec.weight_decay], spec.momentum)
     loss, draws = output_loss(spec.resolved_loss, squash), Draws([spec.seed], Clock(device), torch.float32)
+    rates = torch.full((1,), spec.lr, device=device)
     dropout = Dropout([spec.dropout], draws, device, torch.float32)
 
     def step() -> None:
@@ -62,15 +64,17 @@ def footprint(
         target = batch
         if spec.problem_type == "classification":
             target = torch.full((1, spec.batch_size, targets), 1 / targets, device=device)
-        learner.gradients(Step(network, batch, target, loss, dropout.mask))
+        step = Step(network, batch, target, loss, dropout.mask, draws=draws, rates=rates)
+        learner.gradients(step)
         optimizer.step()
+        learner.updated(step)
 
     step()
     with _Meter() as meter:
         step()
     with _Meter() as evaluation:  # whose images are those of all runs
         rows = torch.zeros(1, EVALUATION_ROWS, inputs, device=device)
-        loss(network.logits(rows), torch.zeros(1, EVALUATION_ROWS, targets, device=device))
+        loss(learner.logits(network, rows), torch.zeros(1, EVALUATION_ROWS, targets, device=device))
     kept = [*network.parameters.values(), *network.buffers.values(), *network.gradients.values()]
     kept += [tensor for state in optimizer.state().values() for tensor in state.values()]
     parameters = sum(map(Tensor.numel, network.parameters.values()))

@@ -15,6 +15,7 @@ from bpf.nn.randomness import Clock, Draws, Dropout, orders
 from bpf.spec.run import RunSpec
 from bpf.training.capture import Recorder, held
 from bpf.training.feed import Feed, Part
+from bpf.training.watch import Watch
 
 EVALUATION_ROWS = 512
 
@@ -43,8 +44,10 @@ class Steps:
         which = [self._seeds.index(seed) for seed in seeds]
         self._which = None if len(self._seeds) == len(seeds) else torch.tensor(which, device=device)
         self._clock = Clock(device)
-        draws = Draws(seeds, self._clock, dtype)
-        self._dropout = Dropout([spec.dropout for spec in specs], draws, device, dtype)
+        self.draws = Draws(seeds, self._clock, dtype)
+        self._dropout = Dropout([spec.dropout for spec in specs], self.draws, device, dtype)
+        self.rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
+        self._watch = Watch(specs[0].algorithm, rule, layerwise)
         self._augmenting = Draws(self._seeds, self._clock, torch.float32)
         self._size = specs[0].batch_size
         self._whole, rest = divmod(len(feed.train), self._size)
@@ -84,9 +87,12 @@ class Steps:
 
     def _step(self, rows: Tensor) -> None:
         inputs, target, labels = self._feed.batch(self._feed.train, rows, self._augmenting, self._which)
-        step = Step(self._network, inputs, target, self._loss, self._dropout.mask, self._learned)
-        self._rule.gradients(step)
+        step = Step(
+            self._network, inputs, target, self._loss, self._dropout.mask, self._learned, self.draws, self.rates
+        )
+        self._watch.gradients(step)
         self._optimizer.step(self._last_layer)
+        self._rule.updated(step)
         add_scores(self._totals, step.loss_per_example, step.logits, labels, self._feed.classifies)
         self._clock.tick()
 
@@ -101,8 +107,8 @@ class Steps:
 class Evaluation:
     """Mean loss and error of networks in use on a part: running statistics, no dropout, no augmentation."""
 
-    def __init__(self, network: Network, feed: Feed, part: Part, loss: Loss) -> None:
-        self._network, self._feed, self._part, self._loss = network, feed, part, loss
+    def __init__(self, rule: Algorithm, network: Network, feed: Feed, part: Part, loss: Loss) -> None:
+        self._rule, self._network, self._feed, self._part, self._loss = rule, network, feed, part, loss
         self._whole = len(part) // EVALUATION_ROWS  # of any number of runs, so that sums round alike
         whole = self._whole * EVALUATION_ROWS
         self._order, self._rest = part.index[:whole].view(-1, EVALUATION_ROWS), part.index[None, whole:]
@@ -131,7 +137,7 @@ class Evaluation:
         runs = self._network.runs
         batch = self._feed.batch(self._part, rows)
         inputs, target, labels = (tensor.expand(runs, *tensor.shape[1:]) for tensor in batch)
-        logits = self._network.logits(inputs)
+        logits = self._rule.logits(self._network, inputs)
         add_scores(self._totals, self._loss(logits, target)[0], logits, labels, self._feed.classifies)
 
 
