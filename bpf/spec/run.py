@@ -32,6 +32,7 @@ from bpf.spec.values import (
     ObjectiveName,
     OptimizerName,
     ScalerName,
+    Schedule,
     SkewType,
     WeightDecay,
     check_device,
@@ -47,6 +48,10 @@ from bpf.spec.values import (
 
 def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
+
+
+NEWER = ("matmul_precision", "schedule", "clip")
+"""Fields that no identity and no cell names at their defaults, as it was before there was a choice."""
 
 
 class Settings(Frozen):
@@ -77,6 +82,12 @@ class Settings(Frozen):
     scaler: ScalerName = Field("standard", description="Pixel values: [-1, 1], [0, 1], or 0..255 as they are.")
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
+    clip: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Scale an execution's gradient down to this norm over all parameters; 0 is off.",
+    )
     early_stopping: int = Field(
         0,
         ge=0,
@@ -189,6 +200,11 @@ class RunSpec(Settings):
     init: ForwardInit = Field("orthogonal", description="Initialisation of the forward weights.")
     optimizer: OptimizerName = Field("adam", description="Optimizer (sgd and nag take --momentum).")
     lr: LearningRate = Field(0.001, description="Learning rate.")
+    schedule: Schedule = Field(
+        "constant",
+        description="Learning rate over the epochs: constant, cosine or linear (to zero), linear@EPOCH (after it), "
+        "or FACTOR@EPOCH-EPOCH such as 0.1@60-90 (times FACTOR after each).",
+    )
     weight_decay: WeightDecay = Field(0.0, description="Weight decay (decoupled with adamw).")
     batch_size: BatchSize = Field(64, description="Examples in a batch.")
     dropout: Dropout = Field(0.0, description="Dropout rate after each hidden layer; val_* objectives only.")
@@ -231,8 +247,9 @@ class RunSpec(Settings):
         fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
         if self.optimizer not in ("sgd", "nag"):
             del fields["momentum"]
-        if self.matmul_precision == "highest":  # as it was before there was a choice
-            del fields["matmul_precision"]
+        for name in NEWER:
+            if fields[name] == type(self).model_fields[name].default:
+                del fields[name]
         return fields
 
 

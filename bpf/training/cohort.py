@@ -53,7 +53,7 @@ class Cohort:
         self.epoch = 0
         self.specs = list(specs)
         self._device, self._dtype = torch.device(device), dtype
-        self._layerwise = layerwise and algorithm.layerwise
+        self._layerwise = layerwise and algorithm.layerwise and not specs[0].clip  # which needs all gradients
         self._keep_final, self._notice = keep_final, notice
         self._left: dict[int, Kept] = {}
         first = self.specs[0]

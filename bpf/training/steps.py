@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bpf.algorithms import Algorithm, Layer, Network, Step
 from bpf.nn.losses import Loss
-from bpf.nn.optim import StackedOptimizer
+from bpf.nn.optim import StackedOptimizer, clip_
 from bpf.nn.randomness import Clock, Draws, Dropout, orders
 from bpf.spec.run import RunSpec
+from bpf.spec.schedules import factor
 from bpf.training.capture import Recorder, held
 from bpf.training.feed import Feed, Part
 from bpf.training.watch import Watch
@@ -46,7 +47,9 @@ class Steps:
         self._clock = Clock(device)
         self.draws = Draws(seeds, self._clock, dtype)
         self._dropout = Dropout([spec.dropout for spec in specs], self.draws, device, dtype)
-        self.rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
+        rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
+        self._pace, self._schedule, self._epochs = optimizer.pace, specs[0].schedule, specs[0].epochs
+        self.rates, self._clip = self._pace.scaled(rates), specs[0].clip
         self._watch = Watch(specs[0].algorithm, rule, layerwise)
         self._augmenting = Draws(self._seeds, self._clock, torch.float32)
         self._size = specs[0].batch_size
@@ -59,6 +62,7 @@ class Steps:
     def epoch(self, epoch: int, after: Callable[[int], None]) -> Tensor:
         """Every batch once, with a call `after` each; returns mean loss and error while training, [2, runs]."""
         self._clock.begin(epoch)
+        self._pace.set(factor(self._schedule, epoch, self._epochs))
         self._shuffle(epoch)
         self._totals.zero_()
         for number in range(self.count):
@@ -91,6 +95,8 @@ class Steps:
             self._network, inputs, target, self._loss, self._dropout.mask, self._learned, self.draws, self.rates
         )
         self._watch.gradients(step)
+        if self._clip:
+            clip_(self._network.gradients.values(), self._clip)
         self._optimizer.step(self._last_layer)
         self._rule.updated(step)
         add_scores(self._totals, step.loss_per_example, step.logits, labels, self._feed.classifies)
