@@ -388,7 +388,7 @@ def test_the_guides_commands_work(guide):
     bpf = str(Path(sys.executable).with_name("bpf"))
     ours = [command.split() for command in commands if command.startswith("bpf ")]
     outputs = [run(guide, bpf, *words[1:]) for words in ours]
-    assert [words[1] for words in ours] == ["algorithms", "train"]
+    assert [words[1] for words in ours] == ["algorithms", "train", "tune", "report"]
     assert "bpf-example 0.1.0" in outputs[0]
     assert "scale" in outputs[0]
     assert "test" in outputs[1]

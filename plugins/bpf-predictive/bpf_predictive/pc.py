@@ -60,16 +60,11 @@ class PredictiveCoding(Algorithm):
         traces = step.forward_hidden()
         traces.append(step.forward(output, traces[-1].passed_on))
         step.output_error(traces[-1])
-        running = [
-            (t, t.clone()) for layer in step.network.hidden for t in (layer.mean, layer.variance) if t is not None
-        ]
         values = [trace.output for trace in traces[:-1]]
         for _ in range(self.options.steps):
             values = self._relaxed(step, traces, values)
             if self.options.inference == "strict":
                 traces = _predicted(step, traces[0], values)
-        for tensor, before in running:
-            tensor.copy_(before)
         output.backward(traces[-1], step.loss(traces[-1].output, step.target)[1])
         for trace, value in zip(traces[:-1], values, strict=True):
             trace.layer.backward(trace, (trace.output - value).div_(batch))
