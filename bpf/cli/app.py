@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bpf import __version__
-from bpf.cli import listing, models, training, viewing
+from bpf.cli import listing, models, plugin, training, viewing
 from bpf.console.screen import tell
 from bpf.errors import BpfError, UsageError
 from bpf.interrupts import NOTHING_BEGUN, interruptible
@@ -46,6 +46,7 @@ GROUPS = {
     "Look at what came out": viewing.COMMANDS,
     "Use a model": models.COMMANDS,
     "List what there is": listing.COMMANDS,
+    "Extend": plugin.COMMANDS,
 }
 for panel, commands in GROUPS.items():
     for command in commands:
