@@ -114,7 +114,7 @@ def test_a_rule_with_no_cell_left_is_refused():
     )
     assert refusal(plan, "bp", init="aligned") == (
         "Nothing is left of the grid of bp: algorithm bp with init aligned: bp has no feedback matrices to align "
-        "with. Use init orthogonal, torch or zeros."
+        "with. Use another init, such as orthogonal."
     )
 
 

@@ -373,7 +373,7 @@ def test_tunable_fields_are_the_ones_that_a_grid_lists():
 
 
 def test_choices_and_bounds_in_words():
-    assert choices("activation") == ("tanh", "relu", "swish", "lrelu", "sigmoid", "gelu")
+    assert choices("activation") == ("tanh", "relu", "swish", "lrelu", "sigmoid", "gelu", "elu")
     assert choices("output_loss") == ("auto", "ce", "bce", "mse")
     assert choices("lr") == ()
     for model in (RunSpec, GridSpec):
