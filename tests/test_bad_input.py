@@ -49,8 +49,8 @@ RUN = f"{TRAIN} one --arch 8 --examples-frac 0.1 --epochs 1 -q"
 INSTALLED = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.algorithms")}))
 DATASETS = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.datasets")}))
 ABOUT_DATASET = (
-    "Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, npz:PATH, or a plugin's "
-    "(see `bpf datasets`)."
+    "Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, npz:PATH, or a "
+    "plugin's (see `bpf datasets`)."
 )
 ABOUT_ALGORITHM = "Learning rule: bp, dfa, drtp, ll-cce, ll-mse, or a plugin's (see `bpf algorithms`)."
 ARCH = "give the hidden layers' units joined by hyphens, such as 500-500-1000-500."

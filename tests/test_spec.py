@@ -124,8 +124,8 @@ def test_missing_fields():
     with pytest.raises(UsageError) as caught:
         build(RunSpec, {"algorithm": "bp"})
     assert str(caught.value) == (
-        "dataset is missing: Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
-        "npz:PATH, or a plugin's (see `bpf datasets`)."
+        "dataset is missing: Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, "
+        "folder:PATH, npz:PATH, or a plugin's (see `bpf datasets`)."
     )
     with pytest.raises(UsageError) as caught:
         build(GridSpec, {"dataset": "digits"}, naming="option")

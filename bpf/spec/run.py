@@ -53,7 +53,7 @@ class Settings(Frozen):
     """What a run and a grid state in the same way."""
 
     dataset: Annotated[str, AfterValidator(check_plain)] = Field(
-        description="Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
+        description="Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
         "npz:PATH, or a plugin's (see `bpf datasets`)."
     )
     problem_type: Literal["classification", "reconstruction"] = Field(
