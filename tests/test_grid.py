@@ -270,8 +270,9 @@ def test_a_key_is_stable_across_versions():
     (cell,) = plan("dfa", arch="8", activation="tanh", batch_norm=False, bw_init="ortho", lr=0.1).cells
     run = run_of(cell)
     identity = {name: getattr(run, name) for name in RunSpec.model_fields}
-    for name in ("device", "trackers", "tracker_every", "allow_unstable", "momentum", "matmul_precision"):
+    for name in ("device", "trackers", "tracker_every", "allow_unstable", "momentum", *run.unchanged):
         del identity[name]
+    assert run.unchanged == {"matmul_precision", "flip", "crop"}
     assert cell.key == digest(identity | {"output_loss": "ce", "options": {}})
 
 

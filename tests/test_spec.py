@@ -44,7 +44,7 @@ def test_grid_defaults():
         0.9,
     )
     assert (grid.seed, grid.data_seed, grid.early_stopping, grid.allow_unstable) == (0, 0, 0, False)
-    assert (grid.brightness, grid.rotation, grid.zoom, grid.translation) == (0, 0, 0, 0)
+    assert (grid.brightness, grid.rotation, grid.zoom, grid.translation, grid.flip, grid.crop) == (0, 0, 0, 0, 0, 0)
     assert (grid.device, grid.trackers, grid.options, grid.use_bias) == ("auto", (), {}, True)
 
 
@@ -348,6 +348,8 @@ def test_identity_is_what_determines_the_numbers():
         {"early_stopping": 3},
         {"rotation": 3},
         {"matmul_precision": "high"},
+        {"flip": 0.5},
+        {"crop": 4},
         {"scaler": "zero_one"},
         {"skew_type": "step"},
         {"options": {"dfa": {"scale": 3}}},
@@ -382,6 +384,7 @@ def test_choices_and_bounds_in_words():
         assert bounds(model, "early_stopping") == "0 to 1000000"
         assert bounds(model, "epochs") == "1 to 1000000"
         assert bounds(model, "activation") == ""
+        assert (bounds(model, "flip"), bounds(model, "crop")) == ("0 to 1", "0 to 64")
 
 
 def test_words_among_options_are_no_numbers():

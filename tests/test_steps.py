@@ -24,6 +24,7 @@ from bpf.training.cohort import Cohort
 
 CPU = torch.device("cpu")
 EVERYTHING = {"dropout": 0.3, "rotation": 20, "brightness": 0.3, "batch_norm": True, "weight_decay": 0.01}
+EVERYTHING |= {"flip": 0.5, "crop": 2}
 RULES = ("bp", "dfa", "drtp", "ll-cce", "ll-mse", "fa", "sdfa", "shallow", "pepita")
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd", "nag")
 

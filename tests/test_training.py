@@ -666,7 +666,9 @@ def test_skewed_training_sees_fewer_examples_and_the_same_validation(skew, digit
 
 
 @pytest.mark.parametrize(
-    "change", [{"brightness": 0.5}, {"rotation": 30}, {"zoom": 0.3}, {"translation": 0.2}], ids=str
+    "change",
+    [{"brightness": 0.5}, {"rotation": 30}, {"zoom": 0.3}, {"translation": 0.2}, {"flip": 0.5}, {"crop": 1}],
+    ids=str,
 )
 def test_augmentation_changes_training_images_only(change, digits):
     one, other = (train([spec(lr=1e-9, **own)], digits, dtype=torch.float64).records[0] for own in ({}, change))
@@ -677,12 +679,28 @@ def test_augmentation_changes_training_images_only(change, digits):
 
 
 def test_augmentation_and_skew_are_each_runs_own(digits):
-    both = {"rotation": 15, "translation": 0.1, "skew_type": "step", "imbalance_factor": 4}
+    both = {"rotation": 15, "translation": 0.1, "flip": 0.5, "crop": 1, "skew_type": "step", "imbalance_factor": 4}
     specs = [spec("dfa", **both, **changes) for changes in DIFFERENT]
     together = train(specs, digits, dtype=torch.float64)
     for run, own in enumerate(specs):
         alone = train([own], digits, dtype=torch.float64).records[0]
         assert_close_records(together.records[run], alone, loss=1e-8, error=1e-12)
+
+
+def test_one_augmentation_does_not_change_the_numbers_of_another(digits):
+    """That of the digits is what it was before there was any cropping."""
+
+    def images(**changes):
+        feed = Feed(digits, spec(**changes), torch.device("cpu"))
+        draws = Draws([0, 7], Clock(torch.device("cpu")), torch.float32)
+        return feed.batch(feed.train, torch.arange(10).view(2, 5), draws)[0]
+
+    turned = images(rotation=30, brightness=0.2)
+    assert torch.equal(images(rotation=30, brightness=0.2, flip=1e-9), turned)
+    mirrored = images(flip=1, rotation=0)
+    assert torch.equal(mirrored.unflatten(2, (8, 8)).flip(-1).flatten(2), images())
+    assert not torch.equal(images(crop=1), images())
+    assert turned.double().sum().item() == pytest.approx(-236.530, abs=0.01)
 
 
 def test_dropout_is_for_training_only(digits):

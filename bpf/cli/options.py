@@ -35,7 +35,7 @@ PANELS = {
         "scaler",
         "image_size",
     ),
-    "Augmentation": ("brightness", "rotation", "zoom", "translation"),
+    "Augmentation": ("brightness", "rotation", "zoom", "translation", "flip", "crop"),
     "Execution": ("executions_per_trial", "seed", "device", "matmul_precision", "trackers", "tracker_every"),
 }
 ALIASES = {

@@ -44,6 +44,9 @@ from bpf.spec.values import (
     none_or_many,
 )
 
+_BEFORE = {"matmul_precision": "highest", "flip": 0.0, "crop": 0}
+"""Settings that came after bpf 0.2, with the values that give what there was before."""
+
 
 def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
@@ -92,6 +95,14 @@ class Settings(Frozen):
     zoom: float = Field(0.0, ge=0, lt=1, description="Augmentation: zoom by up to this fraction; 0 is off.")
     translation: float = Field(
         0.0, ge=0, le=1, description="Augmentation: shift by up to this fraction of the side; 0 is off."
+    )
+    flip: float = Field(0.0, ge=0, le=1, description="Augmentation: probability of being mirrored left to right.")
+    crop: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Augmentation: so many black pixels are put around and the size is cut out of it at a random "
+        "place; 0 is off.",
     )
     image_size: int | None = Field(
         None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."
@@ -216,6 +227,11 @@ class RunSpec(Settings):
         """Units of the hidden layers."""
         return tuple(int(units) for units in self.arch.split("-"))
 
+    @property
+    def unchanged(self) -> frozenset[str]:
+        """Settings that came later and are as they were before, which names and keys on disk do not know."""
+        return frozenset(name for name, value in _BEFORE.items() if getattr(self, name) == value)
+
     def rule_options(self) -> dict[str, Any]:
         """The options given for this run's rule."""
         return self.options.get(self.algorithm, {})
@@ -231,9 +247,7 @@ class RunSpec(Settings):
         fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
         if self.optimizer not in ("sgd", "nag"):
             del fields["momentum"]
-        if self.matmul_precision == "highest":  # as it was before there was a choice
-            del fields["matmul_precision"]
-        return fields
+        return {name: value for name, value in fields.items() if name not in self.unchanged}
 
 
 def work(spec: Mapping[str, Any]) -> float:
