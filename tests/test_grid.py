@@ -272,7 +272,7 @@ def test_a_key_is_stable_across_versions():
     identity = {name: getattr(run, name) for name in RunSpec.model_fields}
     for name in ("device", "trackers", "tracker_every", "allow_unstable", "momentum", *run.unchanged):
         del identity[name]
-    assert run.unchanged == {"matmul_precision", "flip", "crop"}
+    assert run.unchanged == {"matmul_precision", "shuffle", "input_dropout", "flip", "crop"}
     assert cell.key == digest(identity | {"output_loss": "ce", "options": {}})
 
 

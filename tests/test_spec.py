@@ -46,6 +46,7 @@ def test_grid_defaults():
     assert (grid.seed, grid.data_seed, grid.early_stopping, grid.allow_unstable) == (0, 0, 0, False)
     assert (grid.brightness, grid.rotation, grid.zoom, grid.translation, grid.flip, grid.crop) == (0, 0, 0, 0, 0, 0)
     assert (grid.device, grid.trackers, grid.options, grid.use_bias) == ("auto", (), {}, True)
+    assert (grid.shuffle, grid.input_dropout) == (True, 0)
 
 
 def test_run_defaults():
@@ -350,6 +351,8 @@ def test_identity_is_what_determines_the_numbers():
         {"matmul_precision": "high"},
         {"flip": 0.5},
         {"crop": 4},
+        {"shuffle": False},
+        {"input_dropout": 0.2},
         {"scaler": "zero_one"},
         {"skew_type": "step"},
         {"options": {"dfa": {"scale": 3}}},
@@ -380,7 +383,7 @@ def test_choices_and_bounds_in_words():
     assert choices("lr") == ()
     for model in (RunSpec, GridSpec):
         assert bounds(model, "lr") == "above 0 to 10"
-        assert bounds(model, "dropout") == "0 to below 1"
+        assert bounds(model, "dropout") == bounds(model, "input_dropout") == "0 to below 1"
         assert bounds(model, "early_stopping") == "0 to 1000000"
         assert bounds(model, "epochs") == "1 to 1000000"
         assert bounds(model, "activation") == ""

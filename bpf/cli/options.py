@@ -15,13 +15,14 @@ from bpf.spec.values import is_number
 
 PANELS = {
     "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),
-    "Network": ("arch", "activation", "batch_norm", "use_bias", "bw_init", "init", "dropout"),
+    "Network": ("arch", "activation", "batch_norm", "use_bias", "bw_init", "init", "dropout", "input_dropout"),
     "Optimisation": (
         "optimizer",
         "lr",
         "momentum",
         "weight_decay",
         "batch_size",
+        "shuffle",
         "epochs",
         "early_stopping",
         "output_loss",
@@ -44,7 +45,7 @@ ALIASES = {
     "options": "--option",
     "executions_per_trial": "--executions",
 }
-FLAGS = ("batch_norm", "use_bias", "allow_unstable")
+FLAGS = ("batch_norm", "use_bias", "shuffle", "allow_unstable")
 LISTS = ("trackers", "options")
 
 

@@ -44,7 +44,7 @@ from bpf.spec.values import (
     none_or_many,
 )
 
-_BEFORE = {"matmul_precision": "highest", "flip": 0.0, "crop": 0}
+_BEFORE = {"matmul_precision": "highest", "shuffle": True, "input_dropout": 0.0, "flip": 0.0, "crop": 0}
 """Settings that came after bpf 0.2, with the values that give what there was before."""
 
 
@@ -80,6 +80,10 @@ class Settings(Frozen):
     scaler: ScalerName = Field("standard", description="Pixel values: [-1, 1], [0, 1], or 0..255 as they are.")
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
+    shuffle: bool = Field(
+        True, description="Whether training examples come in a new order every epoch, or in that of the data set."
+    )
+    input_dropout: Dropout = Field(0.0, description="Dropout rate of the inputs; 0 is off.")
     early_stopping: int = Field(
         0,
         ge=0,
@@ -96,13 +100,15 @@ class Settings(Frozen):
     translation: float = Field(
         0.0, ge=0, le=1, description="Augmentation: shift by up to this fraction of the side; 0 is off."
     )
-    flip: float = Field(0.0, ge=0, le=1, description="Augmentation: probability of being mirrored left to right.")
+    flip: float = Field(
+        0.0, ge=0, le=1, description="Augmentation: probability of being mirrored left to right; 0 is off."
+    )
     crop: int = Field(
         0,
         ge=0,
         le=64,
-        description="Augmentation: so many black pixels are put around and the size is cut out of it at a random "
-        "place; 0 is off.",
+        description="Augmentation: pad by this many black pixels and crop back to the size at a random place; 0 is "
+        "off.",
     )
     image_size: int | None = Field(
         None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."

@@ -55,11 +55,14 @@ def footprint(
     network = network.to(device)
     optimizer = StackedOptimizer(spec.optimizer, network, [spec.lr], [spec.weight_decay], spec.momentum)
     loss, draws = output_loss(spec.resolved_loss, squash), Draws([spec.seed], Clock(device), torch.float32)
-    dropout = Dropout([spec.dropout], draws, device, torch.float32)
+    dropout, input_dropout = (
+        Dropout([rate], draws, device, torch.float32) for rate in (spec.dropout, spec.input_dropout)
+    )
 
     def step() -> None:
-        batch = torch.zeros(1, spec.batch_size, inputs, device=device)
-        target = batch
+        batch = target = torch.zeros(1, spec.batch_size, inputs, device=device)
+        mask = input_dropout.mask("inputs", spec.batch_size, inputs)
+        batch = batch if mask is None else batch * mask
         if spec.problem_type == "classification":
             target = torch.full((1, spec.batch_size, targets), 1 / targets, device=device)
         learner.gradients(Step(network, batch, target, loss, dropout.mask))
