@@ -46,7 +46,8 @@ def step_memory(rule_name: str, depth: int) -> int:
 
     from bpf.algorithms import Problem, Step, cross_entropy
     from bpf.experiment.plugins import load_rules
-    from bpf.nn.network import Network, Structure
+    from bpf.nn.layer import Structure
+    from bpf.nn.network import Network
     from bpf.training.hardware import settle
 
     settle(torch.device("cpu"))
@@ -68,7 +69,8 @@ def step_memory(rule_name: str, depth: int) -> int:
 
 
 def gradient_memory(depth: int, shared: bool) -> int:
-    from bpf.nn.network import Network, Structure
+    from bpf.nn.layer import Structure
+    from bpf.nn.network import Network
 
     network = Network.build(Structure(UNITS, (UNITS,) * depth, 10, init="zeros"), [0], None, shared_gradients=shared)
     memory = {gradient.untyped_storage().data_ptr(): gradient for gradient in network.gradients.values()}

@@ -187,7 +187,7 @@ class UpdatesTheStatisticsTwice(Right):
 
     def gradients(self, step):
         super().gradients(step)
-        step.forward(step.network.layers[0], step.inputs)
+        step.network.layers[0].forward(step.inputs)
 
 
 class ChangesTheWeights(Right):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from bpf.algorithms import Problem, Step
 from bpf.experiment.plugins import load_rules
+from bpf.nn.layer import Layer, Structure
 from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Layer, Network, Structure
+from bpf.nn.network import Network
 from bpf.nn.randomness import Clock, Draws, Dropout
 
 RUNS, BATCH, INPUTS, CLASSES, WIDTHS = 3, 11, 6, 4, (7, 5, 8)

@@ -225,7 +225,7 @@ def test_batches_of_every_size_and_the_images_given_stay_as_they_are(model, digi
 
 
 def _structure(metadata, data):
-    from bpf.nn.network import Structure
+    from bpf.nn.layer import Structure
 
     run = RunSpec.model_validate_json(metadata["spec"])
     return Structure(64, run.widths, len(data.classes), run.activation, run.batch_norm, run.use_bias, run.init)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from bpf.algorithms import Problem, Step
 from bpf.algorithms.local_loss import LocalCrossEntropy
 from bpf.nn.initialisers import FEEDBACK, forward_bias, forward_weight, random_feedback
+from bpf.nn.layer import Structure
 from bpf.nn.losses import cross_entropy
-from bpf.nn.network import Network, Structure
+from bpf.nn.network import Network
 from bpf.nn.randomness import Clock, Draws, Dropout, generator, orders
 from bpf.spec.fields import choices
 

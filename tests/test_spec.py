@@ -353,6 +353,8 @@ def test_identity_is_what_determines_the_numbers():
         {"crop": 4},
         {"shuffle": False},
         {"input_dropout": 0.2},
+        {"schedule": "cosine"},
+        {"clip": 1.0},
         {"scaler": "zero_one"},
         {"skew_type": "step"},
         {"options": {"dfa": {"scale": 3}}},
@@ -373,7 +375,7 @@ def test_digests_are_stable():
 def test_tunable_fields_are_the_ones_that_a_grid_lists():
     assert set(TUNABLE) == {
         *("algorithm", "arch", "activation", "batch_norm", "bw_init", "init", "optimizer", "lr", "weight_decay"),
-        *("batch_size", "dropout", "skew_type", "imbalance_factor"),
+        *("batch_size", "dropout", "skew_type", "imbalance_factor", "schedule"),
     }
 
 

@@ -13,7 +13,8 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.data import cache
 from bpf.experiment.plugins import load_rules
 from bpf.nn import optim, philox
-from bpf.nn.network import Network, Structure
+from bpf.nn.layer import Structure
+from bpf.nn.network import Network
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Draws, generator
 from bpf.spec.run import RunSpec
@@ -300,24 +301,12 @@ class Counts(DirectFeedbackAlignment):
         super().gradients(step)
 
 
-class Replaces(DirectFeedbackAlignment):
-    """Puts a new tensor in the place of its memory."""
-
-    def prepare(self, network, runs):
-        network.buffers["memory"] = torch.zeros(len(runs), 1)
-
-    def gradients(self, step):
-        super().gradients(step)
-        step.network.buffers["memory"] = step.network.buffers["memory"] + 1
-
-
 class Remembers(DirectFeedbackAlignment):
-    """Makes something at first use, and changes a tensor where it lies."""
+    """Makes something at first use."""
 
     def gradients(self, step):
         if not hasattr(self, "seen"):
             self.seen = torch.zeros(1)
-        self.seen += 1
         super().gradients(step)
 
 
@@ -325,7 +314,6 @@ class Remembers(DirectFeedbackAlignment):
     ("rule", "reason"),
     [
         (Counts, "it changes its count by Python, which a recording would not"),
-        (Replaces, "it changes the tensor memory by Python, which a recording would not"),
         (Remembers, None),
     ],
 )

@@ -11,8 +11,9 @@ from bpf.algorithms.dfa import DirectFeedbackAlignment
 from bpf.algorithms.drtp import DirectRandomTargetProjection
 from bpf.data import cache
 from bpf.experiment.plugins import load_rules
+from bpf.nn.layer import Structure
 from bpf.nn.losses import cross_entropy
-from bpf.nn.network import Network, Structure
+from bpf.nn.network import Network
 from bpf.spec.run import RunSpec
 from bpf.trackers import Probe, Tracker
 from bpf.trackers.activity import Activations

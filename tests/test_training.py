@@ -13,9 +13,12 @@ from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
 from bpf.experiment.plugins import load_rules
-from bpf.nn.network import Network, Structure
+from bpf.nn import optim
+from bpf.nn.layer import Structure
+from bpf.nn.network import Network
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout, generator, orders
+from bpf.spec import schedules
 from bpf.spec.run import RunSpec
 from bpf.training import cohort as training
 from bpf.training import hardware
@@ -803,3 +806,84 @@ def test_a_seed_gives_the_same_numbers_twice_and_another_gives_others(digits):
     assert facts(one) == facts(same)
     assert one.history["loss"] != other.history["loss"]
     assert one.seconds > 0
+
+
+# Schedules and clipping
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1]),
+        ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("linear@3", [1, 1, 1, 1, 2 / 3, 1 / 3]),
+        ("linear@9", [1, 1, 1, 1, 1, 1]),
+        ("0.1@2-4", [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+    ],
+)
+def test_schedules(schedule, expected):
+    assert [schedules.factor(schedule, epoch, 6) for epoch in range(6)] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["0.1@4-2", "0.1@2-2", "2@3", "1@3", "linear@", "step", "", "0.1@", "-0.1@3"])
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ValueError, match="give constant, cosine, linear, linear@EPOCH, or FACTOR@EPOCH"):
+        spec(schedule=schedule)
+
+
+THEIRS = {
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4),
+    "0.1@1-3": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], 0.1),
+    "linear": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / 4),
+}
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_schedule_is_torchs(optimizer, schedule, digits):
+    run = spec("bp", optimizer=optimizer, weight_decay=0.01, schedule=schedule)
+    plain, ours = Plain(run, digits), cohort([run], digits, dtype=torch.float64)
+    scheduler = THEIRS[schedule](plain.optimizer)
+    for epoch in range(run.epochs):
+        plain.epoch(epoch)
+        scheduler.step()
+        ours.run_epoch()
+    losses = ours.records[0].history["val_loss"]
+    assert losses[-1] == pytest.approx(plain.scores(plain.val)[0], rel=1e-8)
+    assert losses != cohort_losses(run.model_copy(update={"schedule": "constant"}), digits)
+
+
+def cohort_losses(run, data):
+    return train([run], data, dtype=torch.float64).records[0].history["val_loss"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "0.1@2", "linear@1"])
+def test_schedules_go_through_resumes(schedule, digits):
+    assert_resumes_everywhere([spec("dfa", schedule=schedule, seed=seed) for seed in (0, 1)], digits)
+
+
+def test_gradients_are_clipped_for_each_run_by_the_norm_over_all_of_them():
+    drawn = [torch.randn(3, 4, 5, generator=generator(1, "x")), torch.randn(3, 1, 5, generator=generator(2, "x"))]
+    for tensor in drawn:
+        tensor[1] *= 1e-3
+    clipped = [tensor.clone() for tensor in drawn]
+    optim.clip_(clipped, 0.5)
+    for run in range(3):
+        theirs = [torch.zeros_like(tensor[run], requires_grad=True) for tensor in drawn]
+        for parameter, gradient in zip(theirs, drawn, strict=True):
+            parameter.grad = gradient[run].clone()
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        for parameter, ours in zip(theirs, clipped, strict=True):
+            torch.testing.assert_close(ours[run], parameter.grad, rtol=1e-5, atol=0)
+    assert torch.equal(clipped[0][1], drawn[0][1])
+
+
+def test_clipping_bounds_a_step(digits):
+    """SGD without momentum moves by at most rate × limit in a step."""
+    run = spec("bp", optimizer="sgd", momentum=0.0, lr=0.1, clip=0.01, batch_size=1000, val_frac=0, objective="loss")
+    trained = cohort([run], digits, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in trained._network.parameters.items()}
+    trained.run_epoch()
+    moved = sum((trained._network.parameters[name] - tensor).square().sum() for name, tensor in before.items())
+    assert moved.sqrt().item() == pytest.approx(0.1 * 0.01, rel=1e-9)

@@ -10,8 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bpf.nn.layer import Layer, Trace
 from bpf.nn.losses import Loss
-from bpf.nn.network import Layer, Network, Trace
+from bpf.nn.network import Network
+from bpf.nn.randomness import Draws
 from bpf.spec.values import Frozen
 
 
@@ -37,6 +39,8 @@ class Step:
 
     `draw_mask` gives a scaled dropout mask for (layer, batch, units), the layer by its index, or None.
     `learned` is called with a layer as soon as its gradient stands, by rules that declare `layerwise`.
+    `rates` [runs] are the learning rates of this step, and `now` is (epoch, step in it), int64 [2], from 0: both may
+    be on a GPU, so compute with them and do not read them.
     After the step `logits` [runs, batch, targets] and `loss_per_example` [runs, batch] hold the output's.
     """
 
@@ -46,16 +50,44 @@ class Step:
     loss: Loss
     draw_mask: Callable[[int, int, int], Tensor | None] = lambda layer, batch, units: None
     learned: Callable[[Layer], None] = lambda layer: None
+    draws: Draws | None = None
+    rates: Tensor | None = None
     logits: Tensor = field(init=False)
     loss_per_example: Tensor = field(init=False)
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
+    _passed: set[int] = field(default_factory=set)
+
+    @property
+    def now(self) -> Tensor:
+        return self._draws().now
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Random numbers in [0, 1), [runs, *shape], determined by each run's seed, the purpose and the step alone.
+
+        Ask once a step for each purpose: the same purpose gives the same numbers.
+        """
+        return self._draws().uniform(f"rule.{purpose}", *shape)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """As `uniform`, from the standard normal distribution."""
+        return self._draws().normal(f"rule.{purpose}", *shape)
+
+    def _draws(self) -> Draws:
+        if self.draws is None:
+            raise ValueError("This step has no random numbers: give it `draws`.")
+        return self.draws
 
     def forward(self, layer: Layer, inputs: Tensor) -> Trace:
-        """A training forward pass through one layer; a second one in the same step uses the same dropout mask."""
+        """A training forward pass through one layer.
+
+        Further ones in the same step use the same dropout mask, and leave batch norm's running statistics alone.
+        """
         if layer.index not in self._masks:
             shape = layer.index, len(inputs[0]), layer.units
             self._masks[layer.index] = None if layer.is_output else self.draw_mask(*shape)
-        return layer.forward(inputs, self._masks[layer.index])
+        counts = layer.index not in self._passed
+        self._passed.add(layer.index)
+        return layer.forward(inputs, self._masks[layer.index], counts=counts)
 
     def forward_hidden(self) -> list[Trace]:
         """A training forward pass through every hidden layer, keeping what a backward pass over all of them needs."""
@@ -115,7 +147,11 @@ class Algorithm:
         self.problem = problem
 
     def prepare(self, network: Network, runs: Sequence[tuple[int, str]]) -> None:
-        """Add the rule's own fixed tensors [runs, ...] to `network.buffers`, from each run's (seed, bw_init)."""
+        """Add the rule's own tensors [runs, ...], from each run's (seed, bw_init).
+
+        Fixed ones go into `network.buffers`; what learns or changes is added by `network.add_parameter` and
+        `network.add_state`. What changes in any other way is lost when a run is resumed, and refused.
+        """
 
     def gradients(self, step: Step) -> None:
         """Write every gradient of `step.network` for this batch, as gradients of the batch mean.
@@ -123,6 +159,17 @@ class Algorithm:
         Must set `step.logits` and `step.loss_per_example`, which `step.train_output` does.
         """
         raise NotImplementedError
+
+    def updated(self, step: Step) -> None:
+        """Called after the optimizer's step, to change states by the new parameters, or what is done to these."""
+
+    def logits(self, network: Network, inputs: Tensor) -> Tensor:
+        """What the networks in use predict for `inputs` [runs, batch, inputs], [runs, batch, targets].
+
+        For validation, early stopping, the test and saved models: of these tensors only parameters, running statistics
+        and what is declared `saved` is there. The output layer's pre-activations, unless a rule predicts otherwise.
+        """
+        return network.logits(inputs)
 
 
 class ProjectionRule(Algorithm):

@@ -19,6 +19,8 @@ PANELS = {
     "Optimisation": (
         "optimizer",
         "lr",
+        "schedule",
+        "clip",
         "momentum",
         "weight_decay",
         "batch_size",

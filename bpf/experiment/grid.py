@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from bpf.errors import UsageError, did_you_mean
 from bpf.spec.fields import choices
 from bpf.spec.grid import REGULARISATION, TUNABLE, GridSpec
-from bpf.spec.run import RunSpec, digest, work
+from bpf.spec.run import NEWER, RunSpec, digest, work
 from bpf.spec.values import BOUNDED_ACTIVATIONS
 from bpf.study.cells import Axis, Cell, Value
 
@@ -156,6 +156,8 @@ def _values(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[dict[st
             values[SKEW] = list(_skews(grid))
             continue
         given = list(getattr(grid, parameter))
+        if parameter in NEWER and given == [RunSpec.model_fields[parameter].default]:
+            continue
         reasons = {v: _unsuitable(name, rule, parameter, v, grid.allow_unstable) for v in given}
         values[parameter] = [v for v in given if not reasons[v]]
         dropped = [v for v in given if reasons[v]]

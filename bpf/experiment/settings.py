@@ -9,6 +9,7 @@ from bpf.errors import UsageError
 from bpf.experiment.grid import words
 from bpf.spec.fields import build
 from bpf.spec.grid import TUNABLE, GridSpec
+from bpf.spec.schedules import needs_end
 
 FREE_TO_CHANGE = frozenset({"device"})
 """Settings that say where to train, not what."""
@@ -36,6 +37,8 @@ def merged(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
             result[name] = grown
         elif was == now or name in FREE_TO_CHANGE or (name in MAY_GROW and now > was):
             result[name] = now
+            if name == "epochs" and was != now and (fixed := [s for s in old.schedule if needs_end(s)]):
+                differences.append(f"  epochs: {was} there, {now} now, and the schedule {fixed[0]} ends with them")
         else:
             differences.append(f"  {name}: {_show(was)} there, {_show(now)} now")
     if differences:

@@ -5,6 +5,7 @@ Weights are `[runs, out, in]`, activations `[runs, batch, units]`, feedback matr
 """
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -12,151 +13,34 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bpf.nn.activations import ACTIVATIONS
 from bpf.nn.initialisers import CPU, random_biases, random_feedback, random_weights
+from bpf.nn.layer import Layer, Structure
 
-BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.1
+RUNNING = ("mean.", "variance.")
+_KINDS = frozenset({"weight", "bias", "scale", "shift", "mean", "variance", "feedback", "gradient"})
+OWN_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,60}(\.[A-Za-z0-9_-]{1,60}){0,4}$"
+"""What a rule may call its tensors."""
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What the runs of a cohort share: `widths` of the hidden layers, inputs, targets and options."""
+class Owned:
+    """A tensor that a rule has added: a parameter with a factor on its learning rate, or a state (no factor).
 
-    inputs: int
-    widths: tuple[int, ...]
-    targets: int
-    activation: str = "tanh"
-    batch_norm: bool = False
-    use_bias: bool = True
-    init: str = "orthogonal"
-
-
-@dataclass(slots=True)
-class Trace:
-    """What one layer keeps of a forward pass for its own backward pass.
-
-    `inputs` [runs, batch, in]; `output` h [runs, batch, units], before dropout; `passed_on`, after it; `before`, the
-    activation's argument where its derivative needs it; `normal` and `deviation`, batch norm's.
+    One that is `saved` belongs to the model file: the rule's prediction needs it.
     """
 
-    layer: "Layer"
-    inputs: Tensor
-    output: Tensor
-    passed_on: Tensor
-    before: Tensor | None = None
-    normal: Tensor | None = None
-    deviation: Tensor | None = None
-
-
-class Layer:
-    """One layer of every run of the cohort; its tensors belong to the network."""
-
-    def __init__(self, network: "Network", index: int) -> None:
-        own = network.parameters, network.gradients
-        self.index = index
-        self.weight, self.weight_gradient = (tensors[f"weight.{index}"] for tensors in own)
-        self.bias, self.bias_gradient = (tensors.get(f"bias.{index}") for tensors in own)
-        self.scale, self.scale_gradient = (tensors.get(f"scale.{index}") for tensors in own)
-        self.shift, self.shift_gradient = (tensors.get(f"shift.{index}") for tensors in own)
-        self.feedback = network.buffers.get(f"feedback.{index}")
-        self.mean = network.buffers.get(f"mean.{index}")
-        self.variance = network.buffers.get(f"variance.{index}")
-        self.is_output = index == len(network.structure.widths)
-        self.activation = None if self.is_output else ACTIVATIONS[network.structure.activation]
-
-    @property
-    def units(self) -> int:
-        return self.weight.shape[1]
-
-    def forward(self, inputs: Tensor, mask: Tensor | None = None, training: bool = True) -> Trace:
-        """Compute h from `inputs` [runs, batch, in]; `mask` is a scaled dropout mask [runs, batch, units].
-
-        With `training`, batch norm uses the batch's statistics and updates the running ones.
-        """
-        a = torch.bmm(inputs, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias, inputs, self.weight.mT)
-        normal = deviation = None
-        if self.scale is not None and self.shift is not None:
-            normal, deviation = self._normalise(a, training)
-            a = torch.addcmul(self.shift, normal, self.scale)
-        if self.activation is None:
-            return Trace(self, inputs, a, a, None, normal, deviation)
-        h = self.activation.apply(a)
-        passed_on = h if mask is None else h * mask
-        return Trace(self, inputs, h, passed_on, a if self.activation.from_input else None, normal, deviation)
-
-    def backward(self, trace: Trace, error: Tensor) -> Tensor:
-        """Write this layer's gradients, given `error` = ∂L/∂h [runs, batch, units], which is overwritten.
-
-        Returns δ = ∂L/∂a, [runs, batch, units], a being the linear map's output.
-        """
-        if self.activation is not None:
-            error = self.activation.backward(error, trace.output if trace.before is None else trace.before)
-        if trace.normal is None:
-            self.write_linear_gradient(error, trace.inputs)
-            return error
-        error = self._normalise_backward(trace, error)
-        torch.bmm(error.mT, trace.inputs, out=self.weight_gradient)
-        if self.bias_gradient is not None:
-            # Batch norm takes the bias off: the sum would be rounding noise, which Adam blows up to whole steps.
-            self.bias_gradient.zero_()
-        return error
-
-    def write_linear_gradient(self, delta: Tensor, inputs: Tensor) -> None:
-        """Weight gradient `Σ_batch δ^T h_in` and bias gradient `Σ_batch δ`, from δ [runs, batch, units]."""
-        torch.bmm(delta.mT, inputs, out=self.weight_gradient)
-        if self.bias_gradient is not None:
-            torch.sum(delta, 1, keepdim=True, out=self.bias_gradient)
-
-    def input_error(self, delta: Tensor) -> Tensor:
-        """`δ W`: the true error of this layer's inputs, [runs, batch, in]."""
-        return torch.bmm(delta, self.weight)
-
-    def project(self, h: Tensor) -> Tensor:
-        """`p = h F`: the layer's output in target space, [runs, batch, targets]."""
-        return torch.bmm(h, self._feedback())
-
-    def feed_back(self, signal: Tensor) -> Tensor:
-        """`t F^T`: a teaching signal [runs, batch, targets] as an error of h, [runs, batch, units]."""
-        return torch.bmm(signal, self._feedback().mT)
-
-    def _feedback(self) -> Tensor:
-        assert self.feedback is not None, "this network was built without feedback matrices"
-        return self.feedback
-
-    def _normalise(self, a: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        assert self.mean is not None
-        assert self.variance is not None
-        if training:
-            variance, mean = torch.var_mean(a, 1, correction=0, keepdim=True)
-            size = a.shape[1]
-            self.mean.lerp_(mean, BATCH_NORM_MOMENTUM)
-            self.variance.lerp_(variance * (size / max(size - 1, 1)), BATCH_NORM_MOMENTUM)
-        else:
-            mean, variance = self.mean, self.variance
-        deviation = (variance + BATCH_NORM_EPSILON).rsqrt_()
-        return a.sub_(mean).mul_(deviation), deviation
-
-    def _normalise_backward(self, trace: Trace, error: Tensor) -> Tensor:
-        """Ioffe & Szegedy 2015: through the batch's mean and variance, writing scale and shift gradients."""
-        assert trace.normal is not None
-        assert trace.deviation is not None
-        assert self.scale is not None
-        assert self.scale_gradient is not None
-        assert self.shift_gradient is not None
-        size = error.shape[1]
-        torch.sum(error, 1, keepdim=True, out=self.shift_gradient)
-        torch.sum(error * trace.normal, 1, keepdim=True, out=self.scale_gradient)
-        error = error.sub_(self.shift_gradient / size).addcmul_(trace.normal, self.scale_gradient, value=-1 / size)
-        return error.mul_(self.scale * trace.deviation)
+    rate: float | None
+    saved: bool
 
 
 class Network:
-    """The tensors of a cohort's networks, by name: `parameters`, their `gradients`, and fixed `buffers`.
+    """The tensors of a cohort's networks, by name: `parameters`, their `gradients`, and `buffers`.
 
     Names end in the layer's index: `weight.0`, `bias.0`, batch norm's `scale.0` and `shift.0`, its running `mean.0`
-    and `variance.0`, and `feedback.0`. With `shared_gradients` all layers write into one scratch memory, which
-    is right only when each layer's update is applied before the next layer's gradient is written.
+    and `variance.0`, and `feedback.0`. A rule adds its own with `add_parameter`, which the optimizer steps, and
+    `add_state`, which the rule changes itself; they are `owned`. All other buffers are fixed. With `shared_gradients`
+    all layers write into one scratch memory, which is right only when each layer's update is applied before the next
+    layer's gradient is written.
     """
 
     def __init__(
@@ -165,7 +49,9 @@ class Network:
         parameters: dict[str, Tensor],
         buffers: dict[str, Tensor],
         shared_gradients: bool = False,
+        owned: Mapping[str, Owned] | None = None,
     ) -> None:
+        self.owned = dict(owned or {})
         self.structure = structure
         self.parameters = parameters
         self.buffers = buffers
@@ -258,15 +144,59 @@ class Network:
                 tensors[name] = tensors[name].index_select(0, index)
         self._connect()
 
+    def add_parameter(self, name: str, tensor: Tensor, rate: float = 1.0, saved: bool = False) -> None:
+        """Add a rule's own parameter [runs, ...], of which it writes `gradients[name]` as of any other.
+
+        The optimizer steps it, with `rate` times each run's learning rate. It is checkpointed, and belongs to the model
+        file if it is `saved`. Call it in the rule's `prepare`. Raises ValueError for a name that is taken or is not
+        words joined by dots, and for a tensor without the run axis or of another type than the weights.
+        """
+        self.parameters[name] = self._checked(name, tensor, floating=True)
+        self.owned[name] = Owned(rate, saved)
+        self.gradients[name] = torch.zeros_like(self.parameters[name])
+
+    def add_state(self, name: str, tensor: Tensor, saved: bool = False) -> None:
+        """Add a rule's own memory [runs, ...] to `buffers`, which it changes itself, in place.
+
+        It is checkpointed, and belongs to the model file if it is `saved`. Trackers measure on a copy. Errors as of
+        `add_parameter`.
+        """
+        self.buffers[name] = self._checked(name, tensor, floating=saved)
+        self.owned[name] = Owned(None, saved)
+
+    def rate(self, name: str) -> float:
+        """The factor on the learning rate of a parameter."""
+        owned = self.owned.get(name)
+        return 1.0 if owned is None or owned.rate is None else owned.rate
+
     def shadow(self) -> "Network":
-        """The same parameters with gradients and running statistics of their own: for measuring."""
-        running = {n: t.clone() for n, t in self.buffers.items() if n.startswith(("mean.", "variance."))}
-        return Network(self.structure, self.parameters, self.buffers | running)
+        """The same parameters with gradients, running statistics and states of their own: for measuring."""
+        changing = {n: t.clone() for n, t in self.buffers.items() if self._changes(n)}
+        return Network(self.structure, self.parameters, self.buffers | changing, owned=self.owned)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that changes in training: the parameters and batch norm's running statistics."""
-        running = {n: t for n, t in self.buffers.items() if n.startswith(("mean.", "variance."))}
-        return self.parameters | running
+        """Everything that changes in training: the parameters, batch norm's running statistics and a rule's states."""
+        return self.parameters | {n: t for n, t in self.buffers.items() if self._changes(n)}
+
+    def saved(self) -> set[str]:
+        """The names of what belongs to a model file: of `state` all that a rule has not left out."""
+        return {name for name in self.state() if name not in self.owned or self.owned[name].saved}
+
+    def _changes(self, buffer: str) -> bool:
+        return buffer.startswith(RUNNING) or buffer in self.owned
+
+    def _checked(self, name: str, tensor: Tensor, floating: bool) -> Tensor:
+        weight = self.parameters["weight.0"]
+        kind = name.partition(".")[0]
+        if not re.match(OWN_NAME, name) or kind in _KINDS or name in self.parameters or name in self.buffers:
+            raise ValueError(
+                f"{name!r} cannot be the name of a rule's tensor: give a new one, such as `rule.weight.0`."
+            )
+        if tensor.dim() == 0 or len(tensor) != self.runs:
+            raise ValueError(f"{name} is {list(tensor.shape)}: the first axis is that of the {self.runs} runs.")
+        if floating and tensor.dtype != weight.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, and the weights are {weight.dtype}.")
+        return tensor.detach().to(weight.device, copy=True).contiguous()
 
     def check_state(self, state: dict[str, Tensor], runs: int | None) -> None:
         """Raise ValueError for what is not the `state` of so many runs, or of one without the run axis."""
@@ -280,13 +210,18 @@ class Network:
         return h
 
     def _connect(self) -> None:
-        self.gradients: dict[str, Tensor] = (_scratch if self.shared_gradients else _zeros)(self.parameters)
-        self.layers: list[Layer] = [Layer(self, k) for k in range(len(self.structure.widths) + 1)]
+        own = {name: tensor for name, tensor in self.parameters.items() if name in self.owned}
+        layers = {name: tensor for name, tensor in self.parameters.items() if name not in self.owned}
+        self.gradients: dict[str, Tensor] = (_scratch if self.shared_gradients else _zeros)(layers) | _zeros(own)
+        self.layers: list[Layer] = [
+            Layer(self.structure, k, self.parameters, self.gradients, self.buffers)
+            for k in range(len(self.structure.widths) + 1)
+        ]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> "Network":
         parameters = {name: change(tensor) for name, tensor in self.parameters.items()}
         buffers = {name: change(tensor) for name, tensor in self.buffers.items()}
-        return Network(self.structure, parameters, buffers, self.shared_gradients)
+        return Network(self.structure, parameters, buffers, self.shared_gradients, self.owned)
 
 
 def _zeros(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ decay), as they take numbers; elsewhere the rates are tensors [runs], and a para
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,25 @@ _MEMORY = {
     "nag": ("momentum_buffer",),
 }
 """What is remembered of each parameter, besides how many steps were done."""
+
+
+class Pace:
+    """The factor that a schedule puts on all learning rates, in memory that stays where it is."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self._scaled: list[tuple[Tensor, Tensor]] = []
+
+    def scaled(self, rates: Tensor) -> Tensor:
+        """These rates, times the factor of the time."""
+        own = rates * self.factor
+        self._scaled.append((own, rates))
+        return own
+
+    def set(self, factor: float) -> None:
+        self.factor = factor
+        for own, rates in self._scaled:
+            torch.mul(rates, factor, out=own)
 
 
 class Slot(NamedTuple):
@@ -70,23 +89,39 @@ class StackedOptimizer:
             known = state[parameter_name] if state else {}
             memory = tuple(known[n] if known else torch.zeros_like(parameter) for n in self._memory_names)
             self._slots[parameter_name] = Slot(parameter, network.gradients[parameter_name], memory)
-        names = [[n for n in self._slots if n.endswith(f".{k}")] for k in range(len(network.layers))]
+        last = len(network.layers) - 1
+        layers = {n: int(k) if (k := n.rpartition(".")[2]).isdecimal() else last for n in self._slots}
+        names = [[n for n in self._slots if layers[n] == k] for k in range(last + 1)]
         self._parts = names if layerwise else [list(self._slots)]
         device = next(iter(network.parameters.values())).device
         counts = [state[part[0]].get("step") if state else None for part in self._parts]
+        self.pace = Pace()
         self._steps = [torch.zeros((), device=device) if n is None else n[0].clone() for n in counts]
-        rates = list(zip(learning_rates, weight_decays, strict=True))
         make = _fused if device.type == "cpu" and name != "rmsprop" else _stacked
-        self._updates = [
-            make(name, momentum, [self._slots[name] for name in part], rates, steps)
-            for part, steps in zip(self._parts, self._steps, strict=True)
-        ]
+        self._updates: list[list[Callable[[], None]]] = []
+        for part, steps in zip(self._parts, self._steps, strict=True):
+            factors = {parameter: network.rate(parameter) for parameter in part}
+            groups = [[n for n in part if factors[n] == factor] for factor in dict.fromkeys(factors.values())]
+            self._updates.append(
+                [
+                    make(
+                        name,
+                        momentum,
+                        [self._slots[n] for n in group],
+                        [(rate * factors[group[0]], d) for rate, d in zip(learning_rates, weight_decays, strict=True)],
+                        steps,
+                        self.pace,
+                    )
+                    for group in groups
+                ]
+            )
 
     def step(self, layer: int = 0) -> None:
         """Apply the gradients: of one layer when made `layerwise`, else of all."""
         if self._counts:
             self._steps[layer].add_(1)
-        self._updates[layer]()
+        for update in self._updates[layer]:
+            update()
 
     def state(self) -> State:
         """What is remembered of each parameter, stacked over runs: the memory itself, and the steps as copies."""
@@ -115,7 +150,7 @@ class StackedOptimizer:
 
 
 def _fused(
-    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor
+    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor, pace: Pace
 ) -> Callable[[], None]:
     """The update by torch's fused operators, for each block of neighbouring runs whose rates are equal."""
     calls: list[Callable[[], None]] = []
@@ -123,7 +158,7 @@ def _fused(
     for (rate, decay), members in itertools.groupby(rates):
         stop = start + len(list(members))
         views = [slot.block(start, stop) for slot in slots]
-        calls.append(_fused_call(name, momentum, views, rate, decay, steps))
+        calls.append(_fused_call(name, momentum, views, rate, decay, steps, pace))
         start = stop
 
     def update() -> None:
@@ -134,7 +169,7 @@ def _fused(
 
 
 def _fused_call(
-    name: str, momentum: float, slots: list[Slot], rate: float, decay: float, steps: Tensor
+    name: str, momentum: float, slots: list[Slot], rate: float, decay: float, steps: Tensor, pace: Pace
 ) -> Callable[[], None]:
     parameters, gradients = [slot.parameter for slot in slots], [slot.gradient for slot in slots]
     memory = [list(tensors) for tensors in zip(*(slot.memory for slot in slots), strict=True)]
@@ -151,7 +186,7 @@ def _fused_call(
                 squares,
                 [],
                 counts,
-                lr=rate,
+                lr=rate * pace.factor,
                 beta1=BETA_1,
                 beta2=BETA_2,
                 weight_decay=decay,
@@ -170,7 +205,7 @@ def _fused_call(
             buffers,
             weight_decay=decay,
             momentum=momentum,
-            lr=rate,
+            lr=rate * pace.factor,
             dampening=0.0,
             nesterov=nesterov,
             maximize=False,
@@ -181,11 +216,12 @@ def _fused_call(
 
 
 def _stacked(
-    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor
+    name: str, momentum: float, slots: list[Slot], rates: list[tuple[float, float]], steps: Tensor, pace: Pace
 ) -> Callable[[], None]:
     """The update with a rate for each run: a kernel for each parameter, or torch's operations."""
     device, dtype = slots[0].parameter.device, slots[0].parameter.dtype
     rate, decay = (torch.tensor(values, dtype=dtype, device=device) for values in zip(*rates, strict=True))
+    rate = pace.scaled(rate)
     decays, kernels = any(value for _, value in rates), kernels_on(device)
     adam = (BETA_1, 1 - BETA_1, BETA_2, 1 - BETA_2, EPSILON)
     numbers = {"adam": adam, "adamw": adam, "rmsprop": (ALPHA, 1 - ALPHA, EPSILON)}
@@ -229,6 +265,15 @@ def _in_torch(name: str, momentum: float, slot: Slot, rate: Tensor, decay: Tenso
         parameter.sub_((gradient + momentum * memory[0] if name == "nag" else memory[0]) * rate)
     else:
         parameter.sub_(gradient * rate)
+
+
+def clip_(gradients: Iterable[Tensor], limit: float) -> None:
+    """Scale each run's gradients [runs, ...] down to the norm `limit` over all of them, where it is larger."""
+    flat = [gradient.flatten(1) for gradient in gradients]
+    norm = torch.stack([torch.linalg.vecdot(own, own) for own in flat]).sum(0).sqrt_()
+    scale = limit / norm.clamp(min=limit)
+    for own in flat:
+        own.mul_(scale[:, None])
 
 
 def _like(rates: Tensor, slot: Slot) -> Tensor:

@@ -5,6 +5,7 @@ once, or once an epoch, comes from a generator seeded by its key; what every ste
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,11 @@ class Draws:
         self._streams: dict[str, philox.HostStreams] = {}
         self._keys: dict[str, Tensor] = {}
 
+    @property
+    def now(self) -> Tensor:
+        """(epoch, step), int64 [2]."""
+        return self._clock.now
+
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Numbers in [0, 1) of this step, [runs, *shape]; they have 24 bits in every type."""
         whole = len(self._seeds), *shape
@@ -69,6 +75,14 @@ class Draws:
             return out
         words = self._words(purpose, torch.Size(shape).numel()).reshape(whole)
         return (words >> 8).bitwise_and_(2**24 - 1).to(self._dtype).mul_(2**-24)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers of this step, [runs, *shape], by Box and Muller (1958)."""
+        count = torch.Size(shape).numel()
+        radius, angle = self.uniform(purpose, 2, -(-count // 2)).unbind(1)
+        radius = torch.log1p(-radius).mul_(-2).sqrt_()
+        both = torch.stack([radius * torch.cos(2 * math.pi * angle), radius * torch.sin(2 * math.pi * angle)], -1)
+        return both.flatten(1)[:, :count].reshape(-1, *shape)
 
     def kept(self, purpose: str, shape: tuple[int, ...], thresholds: Tensor, scales: Tensor) -> Tensor:
         """Each run's scale where its number is not below its threshold, and otherwise 0, [runs, *shape].

@@ -13,19 +13,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from typing import Annotated, Any, Never
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from bpf.algorithms import Algorithm
 from bpf.errors import UsageError
 from bpf.experiment.places import model_path, unexpanded
 from bpf.files import check_output, is_dir, is_file, write_atomically
 from bpf.nn.activations import LEAKY_SLOPE
-from bpf.nn.network import BATCH_NORM_EPSILON
+from bpf.nn.network import OWN_NAME
+from bpf.results.stages import Linear, Norm, Pixels, Prediction, Stage
 from bpf.spec.run import RunSpec
 from bpf.training.feed import SCALES
 
@@ -46,12 +49,29 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Own(BaseModel):
+    """What a rule has added to a network: its tensors, by name with their shapes, and whether it predicts by itself."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    tensors: dict[Annotated[str, StringConstraints(pattern=OWN_NAME)], Annotated[list[int], Len(max_length=8)]] = {}
+    predicts: bool = False
+
+
 def save(
-    path: Path, network: dict[str, Tensor], spec: RunSpec, shape: tuple[int, ...], classes: Collection[str]
+    path: Path,
+    network: dict[str, Tensor],
+    spec: RunSpec,
+    shape: tuple[int, int, int],
+    classes: Collection[str],
+    rule: type[Algorithm] = Algorithm,
 ) -> None:
     """Write a network, as `Cohort.best_network` gives it, with its spec, its images' shape (C, H, W) and classes."""
     told = {"spec": spec.model_dump_json(), "shape": json.dumps(shape), "classes": json.dumps(list(classes))}
     tensors = {name: tensor.contiguous() for name, tensor in network.items()}
+    added = tensors.keys() - _expected(spec, shape, len(classes)).keys()
+    own = Own(tensors={n: list(tensors[n].shape) for n in sorted(added)}, predicts=rule.logits is not Algorithm.logits)
+    if own != Own():
+        told["own"] = own.model_dump_json()
     content = serialise(tensors, {"format": FORMAT, "digest": _digest(told, tensors), **told})
     write_atomically(path, lambda file: file.write(content))
 
@@ -78,24 +98,27 @@ class Model:
     shape: tuple[int, int, int]
     classes: list[str]
     tensors: dict[str, Tensor]
+    own: Own
     digest: str
 
     def module(self) -> nn.Sequential:
         """The network as `load` gives it."""
         offset, factor = SCALES[self.spec.scaler]
-        stages: dict[str, nn.Module] = {"pixels": _Pixels(offset, factor, self.tensors["weight.0"].dtype, self.shape)}
+        stages: dict[str, nn.Module] = {"pixels": Pixels(offset, factor, self.tensors["weight.0"].dtype, self.shape)}
         last = len(self.spec.widths)
-        for k in range(last + 1):
+        if self.own.predicts:
+            stages["prediction"] = Prediction(self.spec, self.shape, len(self.classes), self.tensors)
+        for k in range(0 if self.own.predicts else last + 1):
             own = {name.partition(".")[0]: t for name, t in self.tensors.items() if name.endswith(f".{k}")}
-            stages[f"linear_{k}"] = _Linear(own["weight"], own.get("bias"))
+            stages[f"linear_{k}"] = Linear(own["weight"], own.get("bias"))
             if "scale" in own:
-                stages[f"norm_{k}"] = _Norm(own["scale"], own["shift"], own["mean"], own["variance"])
+                stages[f"norm_{k}"] = Norm(own["scale"], own["shift"], own["mean"], own["variance"])
             if k < last:
                 stages[f"{self.spec.activation}_{k}"] = _ACTIVATIONS[self.spec.activation]()
         module = nn.Sequential()
         for name, stage in stages.items():
             # A traced stage is a graph of torch's functions and belongs to no class of ours.
-            module.add_module(name, torch.fx.symbolic_trace(stage) if isinstance(stage, _Stage) else stage)
+            module.add_module(name, torch.fx.symbolic_trace(stage) if isinstance(stage, Stage) else stage)
         told = {"spec": self.spec.model_dump(mode="json"), "classes": list(self.classes), "shape": self.shape}
         for name, value in told.items():
             setattr(module, name, value)
@@ -115,6 +138,7 @@ def load(path: str | Path) -> nn.Sequential:
     Graphs and not `nn.Linear` and `nn.BatchNorm1d`, because those round differently: these apply the very kernels of
     training, so on one thread of the same kind of processor equal batches give equal bits. (In layers of one unit,
     those of an execution trained alone: a product with one vector is rounded differently from a stack of them.)
+    A rule that predicts by itself is called by its module, and must be installed.
 
     Raises UsageError, having run nothing from the file, for one that is missing, damaged, changed or not of bpf.
     """
@@ -150,7 +174,7 @@ def read(path: str | Path) -> Model:
         _refuse(path, f"its format is {told.get('format')!r}, and not {FORMAT!r}")
     if missing:
         _refuse(path, f"it lacks {', '.join(missing)}")
-    if told["digest"] != _digest({name: told[name] for name in _TOLD}, tensors):
+    if told["digest"] != _digest({name: told[name] for name in (*_TOLD, "own") if name in told}, tensors):
         _refuse(path, "its content does not agree with its digest, so it was damaged or changed")
     try:
         spec = RunSpec.model_validate_json(told["spec"])
@@ -163,11 +187,15 @@ def read(path: str | Path) -> Model:
         classes = TypeAdapter(list[str]).validate_json(told["classes"], strict=True)
     except ValidationError:
         _refuse(path, "its shape or its classes are malformed")
+    try:
+        own = Own.model_validate_json(told.get("own", "{}"))
+    except ValidationError:
+        _refuse(path, "what its rule has added is malformed")
     if min(shape) < 1 or not classes:
         _refuse(path, "its shape or its classes are malformed")
-    if problem := _problem(tensors, _expected(spec, shape, len(classes))):
+    if problem := _problem(tensors, own.tensors | _expected(spec, shape, len(classes))):
         _refuse(path, problem)
-    return Model(path, spec, shape, classes, tensors, told["digest"])
+    return Model(path, spec, shape, classes, tensors, own, told["digest"])
 
 
 def export_onnx(path: str | Path, output: str | Path) -> Path:
@@ -186,15 +214,21 @@ def export_onnx(path: str | Path, output: str | Path) -> Path:
         raise UsageError("Export to ONNX needs onnx and onnxscript: pip install 'bpf[onnx]'") from error
     model = read(path)
     images = torch.zeros(2, *model.shape, dtype=torch.uint8)
-    program = torch.onnx.export(
-        model.module(),
-        (images,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            model.module(),
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        if not model.own.predicts:
+            raise
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UsageError(f"The prediction of the rule {model.spec.algorithm} cannot be ONNX: {reason}") from error
     assert program is not None
     program.model.metadata_props.update(
         spec=model.spec.model_dump_json(), shape=json.dumps(model.shape), classes=json.dumps(model.classes)
@@ -202,56 +236,6 @@ def export_onnx(path: str | Path, output: str | Path) -> Path:
     content = program.model_proto.SerializeToString()
     write_atomically(output, lambda file: file.write(content))
     return output
-
-
-class _Stage(nn.Module):
-    """What `torch.fx.symbolic_trace` makes a graph of: the operations of training for one run alone."""
-
-
-class _Pixels(_Stage):
-    """[N, C, H, W] in 0..255 -> [N, pixels] as `Feed.batch` scales them. Only images of `shape` are taken."""
-
-    def __init__(self, offset: float, factor: float, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.offset, self.factor, self.dtype, self.shape = offset, factor, dtype, shape
-        self.wanted = f"This network takes images of shape [N, C, H, W] = [N, {', '.join(map(str, shape))}]."
-
-    def forward(self, images: Tensor) -> Tensor:
-        torch._assert(images.shape[1:] == self.shape, self.wanted)
-        return images.flatten(1).to(self.dtype).sub(self.offset).mul(self.factor)
-
-
-class _Linear(_Stage):
-    """[N, in] -> [N, out] by the batched kernels of `Layer.forward`; weight [out, in], bias [1, out]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        rows, weight = inputs.unsqueeze(0), self.weight.unsqueeze(0).transpose(1, 2)
-        a = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(0), rows, weight)
-        return a.squeeze(0)
-
-
-class _Norm(_Stage):
-    """[N, units] -> the same, by the running statistics and in the order of `Layer.forward`; all tensors [1, units].
-
-    `deviation` is 1/√(variance + ε): a graph keeps it and not the variance, which no input depends on, anyway.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", (variance + BATCH_NORM_EPSILON).rsqrt())
-
-    def forward(self, a: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, a.sub(self.mean).mul(self.deviation), self.scale)
 
 
 def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

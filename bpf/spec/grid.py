@@ -26,6 +26,7 @@ from bpf.spec.values import (
     ImbalanceFactor,
     LearningRate,
     OptimizerName,
+    Schedule,
     SkewType,
     WeightDecay,
     all_skews,
@@ -78,6 +79,7 @@ class GridSpec(Settings):
     init: many(ForwardInit) = ("orthogonal",)  # type: ignore[valid-type]
     optimizer: many(OptimizerName) = ("adam",)  # type: ignore[valid-type]
     lr: many(LearningRate) = (0.0001, 0.001, 0.01, 0.1)  # type: ignore[valid-type]
+    schedule: many(Schedule) = ("constant",)  # type: ignore[valid-type]
     weight_decay: many(WeightDecay) = (0.0,)  # type: ignore[valid-type]
     batch_size: many(BatchSize) = (64,)  # type: ignore[valid-type]
     dropout: many(Dropout) = (0.0,)  # type: ignore[valid-type]

@@ -32,6 +32,7 @@ from bpf.spec.values import (
     ObjectiveName,
     OptimizerName,
     ScalerName,
+    Schedule,
     SkewType,
     WeightDecay,
     check_device,
@@ -44,12 +45,13 @@ from bpf.spec.values import (
     none_or_many,
 )
 
-_BEFORE = {"matmul_precision": "highest", "shuffle": True, "input_dropout": 0.0, "flip": 0.0, "crop": 0}
-"""Settings that came after bpf 0.2, with the values that give what there was before."""
-
 
 def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
+
+
+NEWER = ("matmul_precision", "schedule", "clip", "shuffle", "input_dropout", "flip", "crop")
+"""Fields that no identity and no cell names at their defaults, as it was before there was a choice."""
 
 
 class Settings(Frozen):
@@ -84,6 +86,12 @@ class Settings(Frozen):
         True, description="Whether training examples come in a new order every epoch, or in that of the data set."
     )
     input_dropout: Dropout = Field(0.0, description="Dropout rate of the inputs; 0 is off.")
+    clip: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Scale an execution's gradient down to this norm over all parameters; 0 is off.",
+    )
     early_stopping: int = Field(
         0,
         ge=0,
@@ -206,6 +214,11 @@ class RunSpec(Settings):
     init: ForwardInit = Field("orthogonal", description="Initialisation of the forward weights.")
     optimizer: OptimizerName = Field("adam", description="Optimizer (sgd and nag take --momentum).")
     lr: LearningRate = Field(0.001, description="Learning rate.")
+    schedule: Schedule = Field(
+        "constant",
+        description="Learning rate over the epochs: constant, cosine or linear (to zero), linear@EPOCH (after it), "
+        "or FACTOR@EPOCH-EPOCH such as 0.1@60-90 (times FACTOR after each).",
+    )
     weight_decay: WeightDecay = Field(0.0, description="Weight decay (decoupled with adamw).")
     batch_size: BatchSize = Field(64, description="Examples in a batch.")
     dropout: Dropout = Field(0.0, description="Dropout rate after each hidden layer; val_* objectives only.")
@@ -235,8 +248,8 @@ class RunSpec(Settings):
 
     @property
     def unchanged(self) -> frozenset[str]:
-        """Settings that came later and are as they were before, which names and keys on disk do not know."""
-        return frozenset(name for name, value in _BEFORE.items() if getattr(self, name) == value)
+        """The newer fields at their defaults, which names and keys on disk do not know."""
+        return frozenset(name for name in NEWER if getattr(self, name) == type(self).model_fields[name].default)
 
     def rule_options(self) -> dict[str, Any]:
         """The options given for this run's rule."""

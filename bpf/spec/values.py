@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from bpf.spec import schedules
+
 ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu", "elu"]
 FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
 ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned", "he_uniform", "xavier", "akrout"]
@@ -111,6 +113,7 @@ def many(item: Any) -> Any:
 
 
 Arch = Annotated[str, BeforeValidator(check_arch)]
+Schedule = Annotated[str, AfterValidator(schedules.check)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 WeightDecay = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Algorithm, Network, Problem, Step
+from bpf.nn.layer import Structure
 from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Structure
-from bpf.nn.randomness import generator
+from bpf.nn.randomness import Clock, Draws, generator
 from bpf.spec.run import RunSpec
 
 INPUTS, WIDTHS, CLASSES, BATCH = 5, (6, 4, 7), 3, 8
@@ -46,6 +46,7 @@ class Bench:
     network: Network
     inputs: Tensor
     target: Tensor
+    seeds: tuple[int, ...]
 
     @classmethod
     def make(cls, kind: type[Algorithm], options: Mapping[str, Any], case: Case, runs: Any = RUNS) -> "Bench":
@@ -62,12 +63,14 @@ class Bench:
         inputs = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) * 2 - 1 for g in generators])
         labels = torch.stack([torch.randint(CLASSES, (case.batch,), generator=g) for g in generators])
         target = torch.eye(CLASSES, dtype=torch.float64)[labels] if classifies else inputs
-        return cls(case, rule, network, inputs, target)
+        return cls(case, rule, network, inputs, target, seeds)
 
     def step(self) -> Step:
         spec = RunSpec.model_construct(problem_type=self.case.problem_type, output_loss=self.case.loss)
         loss = output_loss(spec.resolved_loss, self.rule.problem.squash)
-        step = Step(self.network, self.inputs, self.target, loss)
+        draws = Draws(self.seeds, Clock(self.inputs.device), torch.float64)
+        rates = torch.full((len(self.seeds),), 0.01, dtype=torch.float64)
+        step = Step(self.network, self.inputs, self.target, loss, draws=draws, rates=rates)
         step.draw_mask = self.mask if self.case.dropout else step.draw_mask
         return step
 
@@ -97,6 +100,15 @@ class Bench:
             mask = self.mask(layer.index, self.case.batch, layer.units) if self.case.dropout else None
             h = layer.forward(h, mask).passed_on
         return copy.output.forward(h).output, copy.buffers
+
+    def states(self) -> Tensors:
+        """Copies of what the rule has declared to change by itself."""
+        owned = self.network.owned
+        return {n: self.network.buffers[n].clone() for n in self.network.buffers.keys() & owned.keys()}
+
+    def restore(self, states: Tensors) -> None:
+        for name, tensor in states.items():
+            self.network.buffers[name].copy_(tensor)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network, Step
 from bpf.nn.losses import Loss
+from bpf.nn.randomness import Draws
 
 
 class Probe:
@@ -14,14 +15,24 @@ class Probe:
     Gradients are computed on demand in memory of their own; nothing of the training changes.
     """
 
-    def __init__(self, network: Network, rule: Algorithm, loss: Loss, inputs: Tensor, target: Tensor) -> None:
+    def __init__(
+        self,
+        network: Network,
+        rule: Algorithm,
+        loss: Loss,
+        inputs: Tensor,
+        target: Tensor,
+        draws: Draws | None = None,
+        rates: Tensor | None = None,
+    ) -> None:
         self.network, self.rule = network, rule
         self.loss, self.inputs, self.target = loss, inputs, target
+        self._draws, self._rates = draws, rates
 
     def gradients_by(self, rule: Algorithm) -> dict[str, Tensor]:
         """The gradients that `rule` computes on the probe batch, by parameter name, each [runs, ...]."""
         network = self.network.shadow()
-        rule.gradients(Step(network, self.inputs, self.target, self.loss))
+        rule.gradients(Step(network, self.inputs, self.target, self.loss, draws=self._draws, rates=self._rates))
         return network.gradients
 
     @cached_property

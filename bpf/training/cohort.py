@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network, Problem
 from bpf.data.cache import Data
+from bpf.nn.layer import Structure
 from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Structure
 from bpf.nn.optim import StackedOptimizer, State
 from bpf.spec.run import RunSpec
 from bpf.trackers import Tracker
@@ -53,7 +53,7 @@ class Cohort:
         self.epoch = 0
         self.specs = list(specs)
         self._device, self._dtype = torch.device(device), dtype
-        self._layerwise = layerwise and algorithm.layerwise
+        self._layerwise = layerwise and algorithm.layerwise and not specs[0].clip  # which needs all gradients
         self._keep_final, self._notice = keep_final, notice
         self._left: dict[int, Kept] = {}
         first = self.specs[0]
@@ -85,10 +85,11 @@ class Cohort:
     def best_network(self, run: int) -> dict[str, Tensor]:
         """The network of a complete run's best epoch; `run` counts in the order of the specs.
 
-        Parameters and running statistics on the CPU, by the names of `Network.state()`: weights [out, in], all others
-        [1, units]. Raises KeyError for a run that is not complete.
+        What belongs to a model file, on the CPU, by the names of `Network.state()`: weights [out, in], biases and batch
+        norm's [1, units], and what the rule has added. Raises KeyError for a run that is not complete.
         """
-        return self._left[run]["best"]
+        saved = self._network.saved()
+        return {name: tensor for name, tensor in self._left[run]["best"].items() if name in saved}
 
     @torch.no_grad()
     def run_epoch(self) -> None:
@@ -101,7 +102,7 @@ class Cohort:
 
     def _one_epoch(self) -> None:
         if self.epoch == 0:
-            self._tracking.measure(self._network, 0, self._running)
+            self._measure(0)
         parts = {"": self._steps.epoch(self.epoch, self._track)}
         if len(self._feed.val):
             parts["val_"] = self._validation.scores(self._recorder)
@@ -241,12 +242,15 @@ class Cohort:
         self._steps = Steps(
             specs, self._rule, network, self._optimizer, self._feed, self._loss, self._recorder, self._layerwise
         )
-        self._validation = Evaluation(network, self._feed, self._feed.val, self._loss)
+        self._validation = Evaluation(self._rule, network, self._feed, self._feed.val, self._loss)
 
     def _track(self, number: int) -> None:
         step = self.epoch * self._steps.count + number + 1
         if self._tracking.is_due(step):
-            self._tracking.measure(self._network, step, self._running)
+            self._measure(step)
+
+    def _measure(self, step: int) -> None:
+        self._tracking.measure(self._network, step, self._running, self._steps.draws, self._steps.rates)
 
     def _sound(self, *scores: Tensor) -> list[bool]:
         """Which runs have not diverged: `scores` are means [2, runs], the loss first."""
@@ -292,7 +296,7 @@ class Cohort:
         """Test the best networks and keep them."""
         if not positions:
             return
-        test = Evaluation(self._best_networks(positions), self._feed, self._feed.test, self._loss)
+        test = Evaluation(self._rule, self._best_networks(positions), self._feed, self._feed.test, self._loss)
         scores = test.scores(Recorder(self._device, "a test", self._notice, able=False)).tolist()
         for i, position in enumerate(positions):
             run = self._stacked[position]

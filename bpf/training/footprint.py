@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpf.algorithms import Algorithm, Problem, Step
+from bpf.nn.layer import Structure
 from bpf.nn.losses import output_loss, squash_for
-from bpf.nn.network import Network, Structure
+from bpf.nn.network import Network
 from bpf.nn.optim import StackedOptimizer
 from bpf.nn.randomness import Clock, Draws, Dropout
 from bpf.spec.run import RunSpec
@@ -58,6 +59,7 @@ def footprint(
     dropout, input_dropout = (
         Dropout([rate], draws, device, torch.float32) for rate in (spec.dropout, spec.input_dropout)
     )
+    rates = torch.full((1,), spec.lr, device=device)
 
     def step() -> None:
         batch = target = torch.zeros(1, spec.batch_size, inputs, device=device)
@@ -65,15 +67,17 @@ def footprint(
         batch = batch if mask is None else batch * mask
         if spec.problem_type == "classification":
             target = torch.full((1, spec.batch_size, targets), 1 / targets, device=device)
-        learner.gradients(Step(network, batch, target, loss, dropout.mask))
+        step = Step(network, batch, target, loss, dropout.mask, draws=draws, rates=rates)
+        learner.gradients(step)
         optimizer.step()
+        learner.updated(step)
 
     step()
     with _Meter() as meter:
         step()
     with _Meter() as evaluation:  # whose images are those of all runs
         rows = torch.zeros(1, EVALUATION_ROWS, inputs, device=device)
-        loss(network.logits(rows), torch.zeros(1, EVALUATION_ROWS, targets, device=device))
+        loss(learner.logits(network, rows), torch.zeros(1, EVALUATION_ROWS, targets, device=device))
     kept = [*network.parameters.values(), *network.buffers.values(), *network.gradients.values()]
     kept += [tensor for state in optimizer.state().values() for tensor in state.values()]
     parameters = sum(map(Tensor.numel, network.parameters.values()))

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bpf.algorithms import Algorithm, Layer, Network, Step
 from bpf.nn.losses import Loss
-from bpf.nn.optim import StackedOptimizer
+from bpf.nn.optim import StackedOptimizer, clip_
 from bpf.nn.randomness import Clock, Draws, Dropout, orders
 from bpf.spec.run import RunSpec
+from bpf.spec.schedules import factor
 from bpf.training.capture import Recorder, held
 from bpf.training.feed import Feed, Part
+from bpf.training.watch import Watch
 
 EVALUATION_ROWS = 512
 
@@ -43,9 +45,13 @@ class Steps:
         which = [self._seeds.index(seed) for seed in seeds]
         self._which = None if len(self._seeds) == len(seeds) else torch.tensor(which, device=device)
         self._clock = Clock(device)
-        draws = Draws(seeds, self._clock, dtype)
-        self._dropout = Dropout([spec.dropout for spec in specs], draws, device, dtype)
-        self._input_dropout = Dropout([spec.input_dropout for spec in specs], draws, device, dtype)
+        self.draws = Draws(seeds, self._clock, dtype)
+        self._dropout = Dropout([spec.dropout for spec in specs], self.draws, device, dtype)
+        self._input_dropout = Dropout([spec.input_dropout for spec in specs], self.draws, device, dtype)
+        rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
+        self._pace, self._schedule, self._epochs = optimizer.pace, specs[0].schedule, specs[0].epochs
+        self.rates, self._clip = self._pace.scaled(rates), specs[0].clip
+        self._watch = Watch(specs[0].algorithm, rule, layerwise)
         self._augmenting = Draws(self._seeds, self._clock, torch.float32)
         self._shuffles, self._size = specs[0].shuffle, specs[0].batch_size
         self._whole, rest = divmod(len(feed.train), self._size)
@@ -57,6 +63,7 @@ class Steps:
     def epoch(self, epoch: int, after: Callable[[int], None]) -> Tensor:
         """Every batch once, with a call `after` each; returns mean loss and error while training, [2, runs]."""
         self._clock.begin(epoch)
+        self._pace.set(factor(self._schedule, epoch, self._epochs))
         self._shuffle(epoch)
         self._totals.zero_()
         for number in range(self.count):
@@ -89,9 +96,14 @@ class Steps:
         inputs, target, labels = self._feed.batch(self._feed.train, rows, self._augmenting, self._which)
         mask = self._input_dropout.mask("inputs", *inputs.shape[1:])
         inputs = inputs if mask is None else inputs * mask  # the target may be these very inputs, and stays whole
-        step = Step(self._network, inputs, target, self._loss, self._dropout.mask, self._learned)
-        self._rule.gradients(step)
+        step = Step(
+            self._network, inputs, target, self._loss, self._dropout.mask, self._learned, self.draws, self.rates
+        )
+        self._watch.gradients(step)
+        if self._clip:
+            clip_(self._network.gradients.values(), self._clip)
         self._optimizer.step(self._last_layer)
+        self._rule.updated(step)
         add_scores(self._totals, step.loss_per_example, step.logits, labels, self._feed.classifies)
         self._clock.tick()
 
@@ -106,8 +118,8 @@ class Steps:
 class Evaluation:
     """Mean loss and error of networks in use on a part: running statistics, no dropout, no augmentation."""
 
-    def __init__(self, network: Network, feed: Feed, part: Part, loss: Loss) -> None:
-        self._network, self._feed, self._part, self._loss = network, feed, part, loss
+    def __init__(self, rule: Algorithm, network: Network, feed: Feed, part: Part, loss: Loss) -> None:
+        self._rule, self._network, self._feed, self._part, self._loss = rule, network, feed, part, loss
         self._whole = len(part) // EVALUATION_ROWS  # of any number of runs, so that sums round alike
         whole = self._whole * EVALUATION_ROWS
         self._order, self._rest = part.index[:whole].view(-1, EVALUATION_ROWS), part.index[None, whole:]
@@ -136,7 +148,7 @@ class Evaluation:
         runs = self._network.runs
         batch = self._feed.batch(self._part, rows)
         inputs, target, labels = (tensor.expand(runs, *tensor.shape[1:]) for tensor in batch)
-        logits = self._network.logits(inputs)
+        logits = self._rule.logits(self._network, inputs)
         add_scores(self._totals, self._loss(logits, target)[0], logits, labels, self._feed.classifies)
 
 

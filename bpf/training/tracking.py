@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network
 from bpf.nn.losses import Loss
-from bpf.nn.randomness import generator
+from bpf.nn.randomness import Draws, generator
 from bpf.spec.run import RunSpec
 from bpf.trackers import Probe, Tracker
 from bpf.training.feed import Feed
@@ -32,13 +32,16 @@ class Tracking:
         interval = self._interval if self._by_steps else self._interval * self._steps
         return step % interval == 0
 
-    def measure(self, network: Network, step: int, records: Sequence[Record]) -> None:
-        """Append what every tracker measures now to the records of the stacked runs."""
+    def measure(self, network: Network, step: int, records: Sequence[Record], draws: Draws, rates: Tensor) -> None:
+        """Append what every tracker measures now to the records of the stacked runs.
+
+        A rule gets the random numbers and learning rates of the step that follows.
+        """
         if not self._trackers:
             return
         start = time.perf_counter()
         inputs, target = (tensor.expand(network.runs, -1, -1) for tensor in self._probe_batch)
-        probe = Probe(network, self._rule, self._loss, inputs, target)
+        probe = Probe(network, self._rule, self._loss, inputs, target, draws, rates)
         values = {
             f"{tracker}/{name}": values.tolist()
             for tracker, instance in self._trackers.items()

@@ -254,7 +254,8 @@ class Worker:
         if network is not None:
             path = model_path(self.job.models, row.rule, row.key)
             spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
-            self._write(lambda: models.save(path, network, spec, shape, classes))
+            kind = self._rules[row.rule]
+            self._write(lambda: models.save(path, network, spec, shape, classes, kind))
 
     def _discard_models(self, rule: str) -> None:
         """Remove the networks of cells that are finished and not the best. One that is not finished may become it.

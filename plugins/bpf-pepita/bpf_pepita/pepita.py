@@ -15,7 +15,8 @@ class Pepita(Algorithm):
     """PEPITA: each layer learns from what an error added to the input changes in its output; no backward pass.
 
     A first pass gives h_k and ŷ; a second one, of `x̃ = x + F (ŷ - y)` and with the same dropout masks, gives h̃_k and ỹ.
-    Gradients of the batch mean, summed over the batch, with `h̃_0 = x̃`:
+    h_k is what a layer passes on, after its dropout, as in the authors' notebook. Gradients of the batch mean, summed
+    over the batch, with `h̃_0 = x̃`:
 
         hidden  ∂W_k = (h_k - h̃_k) h̃_{k-1}^T / B,  ∂b_k = (h_k - h̃_k) / B
         output  ∂W = (ỹ - y) h̃^T / B,  ∂b = (ỹ - y) / B
@@ -61,25 +62,16 @@ class Pepita(Algorithm):
         h = step.inputs
         for layer in network.hidden:
             trace = step.forward(layer, h)
-            clean.append(trace.output)
+            clean.append(trace.passed_on)
             h = trace.passed_on
         error = step.output_error(step.forward(network.output, h))
         h = torch.baddbmm(step.inputs, error, network.buffers[FEEDBACK].mT, alpha=batch)
-        for layer, output in zip(network.hidden, clean, strict=True):
-            trace = _second_pass(step, layer, h)
-            _learn(layer, trace, (output - trace.output) / batch)
+        for layer, before in zip(network.hidden, clean, strict=True):
+            trace = step.forward(layer, h)
             h = trace.passed_on
+            _learn(layer, trace, (before - h) / batch)
         modulated = step.forward(network.output, h)
         network.output.write_linear_gradient(step.loss(modulated.output, step.target)[1], h)
-
-
-def _second_pass(step: Step, layer: Layer, inputs: Tensor) -> Trace:
-    """A forward pass that leaves batch norm's running statistics to the first one."""
-    running = [(tensor, tensor.clone()) for tensor in (layer.mean, layer.variance) if tensor is not None]
-    trace = step.forward(layer, inputs)
-    for tensor, before in running:
-        tensor.copy_(before)
-    return trace
 
 
 def _learn(layer: Layer, trace: Trace, delta: Tensor) -> None:

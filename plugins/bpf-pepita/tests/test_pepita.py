@@ -46,15 +46,15 @@ def step_of(loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = cross_entr
 
 
 def forward(step: Step, run: int, x: Tensor, dropped: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Of one example: the inputs of every layer, the hidden outputs before dropout, and the logits."""
+    """Of one example: the inputs of every layer, the hidden outputs after dropout, and the logits."""
     inputs, outputs = [], []
     for k in range(len(WIDTHS) + 1):
         inputs.append(x)
         weight, bias = (step.network.parameters[f"{kind}.{k}"][run] for kind in ("weight", "bias"))
         a = weight @ x + bias[0]
         if k < len(WIDTHS):
-            outputs.append(a.clamp(min=0))
-            x = outputs[-1] * dropped[k]
+            x = a.clamp(min=0) * dropped[k]
+            outputs.append(x)
     return inputs, outputs, a
 
 

@@ -1,0 +1,1 @@
+"""Predictive coding and fixed-weight difference target propagation for bpf."""

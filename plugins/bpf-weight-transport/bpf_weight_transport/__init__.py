@@ -1,0 +1,1 @@
+"""Learning rules whose backward weights come near the forward ones without being carried there."""
