@@ -49,8 +49,8 @@ RUN = f"{TRAIN} one --arch 8 --examples-frac 0.1 --epochs 1 -q"
 INSTALLED = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.algorithms")}))
 DATASETS = ", ".join(sorted({point.name for point in metadata.entry_points(group="bpf.datasets")}))
 ABOUT_DATASET = (
-    "Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, npz:PATH, or a plugin's "
-    "(see `bpf datasets`)."
+    "Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, npz:PATH, or a "
+    "plugin's (see `bpf datasets`)."
 )
 ABOUT_ALGORITHM = "Learning rule: bp, dfa, drtp, ll-cce, ll-mse, or a plugin's (see `bpf algorithms`)."
 ARCH = "give the hidden layers' units joined by hyphens, such as 500-500-1000-500."
@@ -258,7 +258,7 @@ OPTIONS = {
     "train --dataset digits --algorithm drtp --activation relu": UNBOUNDED,
     "tune --dataset digits --algorithm dfa,drtp --activation relu": f"Nothing is left of the grid of drtp: {UNBOUNDED}",
     "train --dataset digits --algorithm bp --init aligned": "algorithm bp with init aligned: bp has no feedback "
-    "matrices to align with. Use init orthogonal, torch or zeros.",
+    "matrices to align with. Use another init, such as orthogonal.",
     f"{TUNE} --seed 2147483646": "seed 2147483646 with executions_per_trial 3: executions have the seeds from seed on, "
     "which must stay below 2147483648. Use a smaller seed.",
     f"{TRAIN} --option nope.x=1": "Options are given for the rule 'nope', which is not in algorithm. Known: dfa.",

@@ -27,7 +27,7 @@ from bpf.experiment.directory import open_experiment
 from bpf.interrupts import NOTHING_BEGUN
 from bpf.spec.fields import bounds, choices
 from bpf.spec.grid import GridSpec
-from bpf.spec.run import RunSpec
+from bpf.spec.run import NEWER, RunSpec, digest
 from bpf.study.owner import Owner
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
@@ -359,6 +359,9 @@ def test_the_default_directories(bpf_: Bpf, work: Path) -> None:
     runs = sorted(path.name for path in (work / "runs").iterdir())
     assert runs[0] == "digits-dfa+ll-cce-error"
     assert [name.rpartition("-")[0] for name in runs[1:]] == ["train-digits-dfa"] * 2
+    run = RunSpec(dataset="digits", algorithm="dfa", arch="8", examples_frac=0.1, epochs=2)
+    of_bpf_0_2 = run.model_dump(mode="json", exclude={"device", *NEWER})
+    assert f"train-digits-dfa-{digest(of_bpf_0_2)[:8]}" in runs, "the same command goes on with what bpf 0.2 began"
     assert bpf_("status --json").json["experiment"].startswith("runs/train-digits-dfa-")
 
 

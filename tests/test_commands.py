@@ -40,6 +40,7 @@ def command(grid: GridSpec, directory: str = "ex", data_dir: str = "data", **pla
         {"objective": "val_error", "lr": "0.1", "dropout": "0.1,0.2,0.3,0.4,0.5"},
         {"skew_type": "all", "imbalance_factor": "10"},
         {"skew_type": "step", "imbalance_factor": "5,50.5", "rotation": 3.5, "seed": 4, "device": "cpu"},
+        {"shuffle": False, "input_dropout": 0.25, "flip": 0.5, "crop": 4, "init": "akrout,xavier", "activation": "elu"},
         {"executions_per_trial": 1, "val_frac": 0, "examples_frac": 1, "early_stopping": 3, "output_loss": "mse"},
     ],
     ids=str,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bpf.data.augmentation import DRAWS, augment
+from bpf.data.augmentation import CROP_DRAWS, DRAWS, augment, crop_and_flip
 
 OFF = {"brightness": 0.0, "rotation": 0.0, "zoom": 0.0, "translation": 0.0}
 FULL = {"brightness": 0.3, "rotation": 40.0, "zoom": 0.4, "translation": 0.25}
@@ -20,8 +20,8 @@ def pictures(runs: int, batch: int = 3) -> torch.Tensor:
     return torch.rand(runs, batch, 2, 6, 9, generator=generator(5)) * 255
 
 
-def numbers(runs: int, batch: int) -> torch.Tensor:
-    return torch.rand(runs, batch, DRAWS, generator=generator(1))
+def numbers(runs: int, batch: int, draws: int = DRAWS) -> torch.Tensor:
+    return torch.rand(runs, batch, draws, generator=generator(1))
 
 
 def reference(image: np.ndarray, draws: np.ndarray, brightness, rotation, zoom, translation) -> np.ndarray:
@@ -102,3 +102,43 @@ def test_without_magnitudes_the_input_comes_back():
 def test_there_are_numbers_for_each_image():
     with pytest.raises(ValueError, match=r"^random numbers of the shape \[1, 3, 5\] for 2 runs of 3 images$"):
         augment(pictures(2), **FULL, drawn=numbers(1, 3))
+    with pytest.raises(ValueError, match=r"^random numbers of the shape \[2, 3, 5\] for 2 runs of 3 images$"):
+        crop_and_flip(pictures(2), crop=1, flip=0.5, drawn=numbers(2, 3))
+
+
+@pytest.mark.parametrize(("crop", "flip"), [(2, 0.5), (0, 0.5), (3, 0.0), (64, 1.0)])
+def test_crops_and_flips_are_whole_pixels(crop, flip):
+    images, drawn = pictures(2, batch=40), numbers(2, 40, CROP_DRAWS)
+    got = crop_and_flip(images, crop=crop, flip=flip, drawn=drawn)
+    mirrored = 0
+    for run in range(2):
+        for index in range(40):
+            padded = np.pad(images[run, index].numpy(), ((0, 0), (crop, crop), (crop, crop)))
+            chance, *places = drawn[run, index].tolist()
+            left, top = (math.floor(place * (2 * crop + 1)) for place in places)
+            want = padded[:, top : top + 6, left : left + 9]
+            mirrored += chance < flip
+            assert np.array_equal(got[run, index].numpy(), want[..., ::-1] if chance < flip else want)
+    assert mirrored == {0.0: 0, 1.0: 80}.get(flip, mirrored)
+    assert 0.3 < mirrored / 80 < 0.7 or flip in (0, 1)
+
+
+def test_every_place_is_cut_equally_often():
+    image = torch.arange(1.0, 10.0).view(1, 1, 1, 3, 3).expand(1, 9000, 1, 3, 3)
+    got = crop_and_flip(image, crop=1, flip=0.0, drawn=numbers(1, 9000, CROP_DRAWS))
+    kinds, counts = got.flatten(2)[0].unique(dim=0, return_counts=True)
+    assert len(kinds) == 9
+    assert counts.min() > 850
+    assert counts.max() < 1150
+    for extreme in (0.0, 1 - 2**-24):  # the least and the largest number that is drawn
+        ends = crop_and_flip(image[:, :1], crop=64, flip=0.0, drawn=torch.full((1, 1, CROP_DRAWS), extreme))
+        assert not ends.any()
+        assert crop_and_flip(image[:, :1], crop=1, flip=0.0, drawn=torch.full((1, 1, CROP_DRAWS), extreme)).any()
+
+
+def test_a_run_is_cropped_alike_alone_and_stacked():
+    images, drawn = pictures(3), numbers(3, 3, CROP_DRAWS)
+    stacked = crop_and_flip(images, crop=2, flip=0.5, drawn=drawn)
+    for run in range(3):
+        alone = crop_and_flip(images[run : run + 1], crop=2, flip=0.5, drawn=drawn[run : run + 1])
+        assert torch.equal(alone[0], stacked[run])

@@ -67,8 +67,15 @@ def write_idx(folder: Path, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("kind", "folder"), [(sets.Mnist, "MNIST/raw"), (sets.FashionMnist, "FashionMNIST/raw")])
-def test_idx_files_are_read_without_a_network(tmp_path, no_network, kind, folder, packed):
+@pytest.mark.parametrize(
+    ("kind", "folder", "first"),
+    [
+        (sets.Mnist, "MNIST/raw", "zero"),
+        (sets.FashionMnist, "FashionMNIST/raw", "T-shirt/top"),
+        (sets.KuzushijiMnist, "KMNIST/raw", "o"),
+    ],
+)
+def test_idx_files_are_read_without_a_network(tmp_path, no_network, kind, folder, first, packed):
     dataset = kind(tmp_path)
     assert not dataset.present()
     write_idx(tmp_path / folder, packed)
@@ -78,7 +85,7 @@ def test_idx_files_are_read_without_a_network(tmp_path, no_network, kind, folder
     assert np.array_equal(arrays.train_images, IMAGES[:, None])
     assert arrays.train_labels.tolist() == LABELS.tolist()
     assert np.array_equal(arrays.test_images, IMAGES[:10, None])
-    assert arrays.classes[0] == {"MNIST/raw": "zero", "FashionMNIST/raw": "T-shirt/top"}[folder]
+    assert arrays.classes[0] == first
     assert len(arrays.classes) == kind.class_count
     assert no_network == []
     assert visible(tmp_path) == [folder.partition("/")[0]]
@@ -94,13 +101,19 @@ def test_a_mixture_of_packed_and_plain_idx_files_is_read(tmp_path, no_network):
     assert no_network == []
 
 
-def test_a_failed_download_says_which_files_go_where(tmp_path, no_network):
+@pytest.mark.parametrize(
+    ("kind", "name", "mirror"),
+    [
+        (sets.FashionMnist, "FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+        (sets.KuzushijiMnist, "KMNIST", "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+    ],
+)
+def test_a_failed_download_says_which_files_go_where(tmp_path, no_network, kind, name, mirror):
     names = ", ".join(f"{name}.gz" for name in IDX)
-    mirror = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-    assert refusal(sets.FashionMnist(tmp_path)) == (
-        f"FashionMNIST cannot be downloaded (RuntimeError: Error downloading {IDX[0]}.gz: Tried {mirror}, "
+    assert refusal(kind(tmp_path)) == (
+        f"{name} cannot be downloaded (RuntimeError: Error downloading {IDX[0]}.gz: Tried {mirror}, "
         "got: <urlopen error no network>). "
-        f"To need no download, put {names} into {tmp_path}/FashionMNIST/raw."
+        f"To need no download, put {names} into {tmp_path}/{name}/raw."
     )
     assert no_network == [f"{mirror}{IDX[0]}.gz"]
     assert visible(tmp_path) == []

@@ -308,6 +308,10 @@ def test_an_experiment_of_an_older_bpf_goes_on(old: Path, tmp_path: Path) -> Non
     assert blurred(outcomes(old)) == blurred(outcomes(tmp_path / "new"))
     assert_optuna_agrees(old)
     assert run("tune", str(old), *options) == 0, "the same command opens it, too"
+    options[options.index("--activation") + 1] = "tanh,elu"
+    assert run("tune", str(old), *options, "--init", "orthogonal,akrout") == 0, "with words that it did not know"
+    assert [row.state for row in summary.rows(open_experiment(old))] == ["complete"] * 12
+    assert_optuna_agrees(old)
 
 
 def test_an_experiment_of_an_older_bpf_is_read(old: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,11 @@ def test_another_problem_is_refused_and_other_settings_are_told(bpf: Callable[..
     taken = resolve(grid(epochs=3, output_loss="ce", seed=3, early_stopping=2), source)
     assert taken.differences == ["epochs 2 there, 3 here", "early_stopping 0 there, 2 here"]
     assert list(taken.lines())[-1] == "settings that differ: epochs 2 there, 3 here; early_stopping 0 there, 2 here"
+    taken = resolve(grid(shuffle=False, input_dropout=0.2, flip=0.5, crop=2), source)
+    assert taken.differences == [
+        *("shuffle True there, False here", "input_dropout 0.0 there, 0.2 here"),
+        *("flip 0.0 there, 0.5 here", "crop 0 there, 2 here"),
+    ]
     with pytest.raises(UsageError, match=r"^lr with lr_from: each setup has"):
         resolve(grid(lr=0.1), source)
 

@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "lrelu": lambda a: torch.where(a > 0, a, 0.01 * a),
     "swish": lambda a: a / (1 + torch.exp(-a)),
     "gelu": lambda a: a * (1 + torch.erf(a / math.sqrt(2))) / 2,
+    "elu": lambda a: torch.where(a > 0, a, torch.exp(a) - 1),
 }
 SQUASHES = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda a: a}
 # Problem type, output loss, and the squashing function of the squared errors.

@@ -442,7 +442,7 @@ MALFORMED = "its shape or its classes are malformed"
         (
             spec_with(activation="sine"),
             "this version of bpf cannot use its spec: activation: Input should be 'tanh', 'relu', 'swish', 'lrelu', "
-            "'sigmoid' or 'gelu'",
+            "'sigmoid', 'gelu' or 'elu'",
         ),
         (spec_with(novelty=1), "this version of bpf cannot use its spec: novelty: Extra inputs are not permitted"),
         (text(shape="[1, 8]"), MALFORMED),

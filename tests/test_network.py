@@ -13,6 +13,7 @@ from bpf.nn.layer import Structure
 from bpf.nn.losses import cross_entropy
 from bpf.nn.network import Network
 from bpf.nn.randomness import Clock, Draws, Dropout, generator, orders
+from bpf.spec.fields import choices
 
 CPU = torch.device("cpu")
 UNITS, TARGETS = 900, 100
@@ -78,7 +79,30 @@ def test_torchs_forward_initialisation_is_that_of_a_linear_layer():
     assert linear.weight.std().item() == pytest.approx(weight.std().item(), rel=0.02)
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "zeros", "aligned"])
+@pytest.mark.parametrize(
+    ("init", "bound"), [("he_uniform", math.sqrt(6 / 400)), ("xavier", math.sqrt(6 / (100 + 400)))]
+)
+def test_uniform_forward_initialisations(init, bound):
+    weight = forward_weight(init, 100, 400, generator(0, "x"), torch.float64)
+    assert weight.shape == (100, 400)
+    assert_uniform(weight, bound)
+
+
+def test_akrouts_forward_initialisation_is_normal_for_weights_and_biases():
+    weight = forward_weight("akrout", 100, 400, generator(0, "x"), torch.float64)
+    bias = forward_bias("akrout", 20_000, 30_000, generator(0, "x"), torch.float64)
+    assert (weight.shape, bias.shape) == ((100, 400), (1, 20_000))
+    assert_normal(weight, 1 / math.sqrt(100 + 400))
+    assert_normal(bias, 1 / math.sqrt(20_000 + 30_000))
+    network = Network.build(Structure(6, (5, 4), 3, init="akrout"), [0, 1, 0], None)
+    for k in range(3):
+        first, other, again = network.parameters[f"bias.{k}"]
+        assert torch.equal(first, again)
+        assert (first != other).all()
+        assert not torch.equal(first[0, :3], network.parameters[f"weight.{k}"][0, 0, :3])
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "zeros", "aligned", "he_uniform", "xavier"])
 def test_biases_begin_at_zero_with_other_initialisations(init):
     network = Network.build(Structure(6, (5, 4), 3, init=init), [0], ["ortho"])
     assert not any(network.parameters[f"bias.{k}"].any() for k in range(3))
@@ -104,7 +128,7 @@ def test_aligned_weights_are_products_of_feedback_matrices():
         torch.testing.assert_close(first @ first.T, torch.eye(5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "torch", "zeros", "aligned"])
+@pytest.mark.parametrize("init", choices("init"))
 @pytest.mark.parametrize("feedback", FEEDBACK)
 def test_draws_depend_on_seed_and_purpose_and_not_on_stacking(init, feedback):
     structure = Structure(6, (5, 5, 5), 5, batch_norm=True, init=init)
@@ -118,7 +142,7 @@ def test_draws_depend_on_seed_and_purpose_and_not_on_stacking(init, feedback):
             assert not torch.equal(everyone[0], everyone[1]), f"two seeds, one {name}"
     different = [stacked.buffers[f"feedback.{k}"][0] for k in range(3)]
     assert not any(torch.equal(different[i], different[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    if init in ("orthogonal", "torch"):
+    if init not in ("zeros", "aligned"):
         assert torch.equal(stacked.parameters["weight.1"][0], stacked.parameters["weight.1"][2])
         assert not torch.equal(stacked.parameters["weight.1"][0], stacked.parameters["weight.2"][0])
         assert not torch.equal(stacked.parameters["weight.1"][0], different[1])

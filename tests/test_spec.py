@@ -44,8 +44,9 @@ def test_grid_defaults():
         0.9,
     )
     assert (grid.seed, grid.data_seed, grid.early_stopping, grid.allow_unstable) == (0, 0, 0, False)
-    assert (grid.brightness, grid.rotation, grid.zoom, grid.translation) == (0, 0, 0, 0)
+    assert (grid.brightness, grid.rotation, grid.zoom, grid.translation, grid.flip, grid.crop) == (0, 0, 0, 0, 0, 0)
     assert (grid.device, grid.trackers, grid.options, grid.use_bias) == ("auto", (), {}, True)
+    assert (grid.shuffle, grid.input_dropout) == (True, 0)
 
 
 def test_run_defaults():
@@ -124,8 +125,8 @@ def test_missing_fields():
     with pytest.raises(UsageError) as caught:
         build(RunSpec, {"algorithm": "bp"})
     assert str(caught.value) == (
-        "dataset is missing: Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
-        "npz:PATH, or a plugin's (see `bpf datasets`)."
+        "dataset is missing: Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, "
+        "folder:PATH, npz:PATH, or a plugin's (see `bpf datasets`)."
     )
     with pytest.raises(UsageError) as caught:
         build(GridSpec, {"dataset": "digits"}, naming="option")
@@ -348,6 +349,10 @@ def test_identity_is_what_determines_the_numbers():
         {"early_stopping": 3},
         {"rotation": 3},
         {"matmul_precision": "high"},
+        {"flip": 0.5},
+        {"crop": 4},
+        {"shuffle": False},
+        {"input_dropout": 0.2},
         {"schedule": "cosine"},
         {"clip": 1.0},
         {"scaler": "zero_one"},
@@ -375,15 +380,16 @@ def test_tunable_fields_are_the_ones_that_a_grid_lists():
 
 
 def test_choices_and_bounds_in_words():
-    assert choices("activation") == ("tanh", "relu", "swish", "lrelu", "sigmoid", "gelu")
+    assert choices("activation") == ("tanh", "relu", "swish", "lrelu", "sigmoid", "gelu", "elu")
     assert choices("output_loss") == ("auto", "ce", "bce", "mse")
     assert choices("lr") == ()
     for model in (RunSpec, GridSpec):
         assert bounds(model, "lr") == "above 0 to 10"
-        assert bounds(model, "dropout") == "0 to below 1"
+        assert bounds(model, "dropout") == bounds(model, "input_dropout") == "0 to below 1"
         assert bounds(model, "early_stopping") == "0 to 1000000"
         assert bounds(model, "epochs") == "1 to 1000000"
         assert bounds(model, "activation") == ""
+        assert (bounds(model, "flip"), bounds(model, "crop")) == ("0 to 1", "0 to 64")
 
 
 def test_words_among_options_are_no_numbers():

@@ -25,6 +25,7 @@ from bpf.training.cohort import Cohort
 
 CPU = torch.device("cpu")
 EVERYTHING = {"dropout": 0.3, "rotation": 20, "brightness": 0.3, "batch_norm": True, "weight_decay": 0.01}
+EVERYTHING |= {"flip": 0.5, "crop": 2, "input_dropout": 0.2}
 RULES = ("bp", "dfa", "drtp", "ll-cce", "ll-mse", "fa", "sdfa", "shallow", "pepita")
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd", "nag")
 
@@ -424,7 +425,7 @@ def test_precision_is_that_of_the_spec_and_put_back_by_measurements(digits):
 @pytest.mark.parametrize("rule", RULES)
 def test_what_a_step_takes_is_the_same_where_nothing_is_computed(rule):
     kind = load_rules([rule])[rule]
-    for changes in ({}, {"batch_norm": True, "dropout": 0.3}, {"optimizer": "sgd"}):
+    for changes in ({}, {"batch_norm": True, "dropout": 0.3}, {"optimizer": "sgd", "input_dropout": 0.2}):
         [spec] = specs(rule, runs=1, **changes)
         there, here = (footprint.footprint(spec, kind, 64, 10, device) for device in ("meta", "cpu"))
         assert (there.parameters, there.kept, there.state) == (here.parameters, here.kept, here.state)
@@ -434,7 +435,8 @@ def test_what_a_step_takes_is_the_same_where_nothing_is_computed(rule):
 @pytest.mark.parametrize("rule", ["bp", "drtp"])
 def test_memory_of_a_cohort_is_that_of_its_runs(rule, digits):
     """What a cohort of several runs has alive at most in an epoch, beside the images, against the prediction."""
-    kind, several = load_rules([rule])[rule], specs(rule, runs=4, arch="300-300", dropout=0.2, batch_size=200)
+    changes = {"arch": "300-300", "dropout": 0.2, "input_dropout": 0.2, "batch_size": 200}
+    kind, several = load_rules([rule])[rule], specs(rule, runs=4, **changes)
     predicted = 4 * footprint.run_bytes(several[0], kind, 64, 10, 258)
     with footprint._Meter() as meter:
         cohort = Cohort(several, kind, digits)

@@ -202,7 +202,7 @@ def test_local_losses_are_those_of_the_definition(algorithm):
     assert len(values) == (1 if algorithm == "bp" else 4)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu", "elu"])
 def test_activations_are_described(activation):
     structure = Structure(INPUTS, (7, 5), TARGETS, activation, init="torch")
     network = Network.build(structure, range(RUNS), None, torch.float64)
@@ -211,9 +211,8 @@ def test_activations_are_described(activation):
     inputs = torch.randn(RUNS, BATCH, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rule = RULES["bp"](RULES["bp"].Options(), Problem("classification", "sigmoid"))
     values = Activations().measure(Probe(network, rule, cross_entropy, inputs, torch.empty(0)))
-    function = {"tanh": torch.tanh, "relu": F.relu, "swish": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu}.get(
-        activation, F.leaky_relu
-    )
+    others = {"tanh": torch.tanh, "swish": F.silu, "sigmoid": torch.sigmoid, "lrelu": F.leaky_relu}
+    function = others.get(activation) or getattr(F, activation)
     for run in range(RUNS):
         a = F.linear(inputs[run], network.parameters["weight.0"][run], network.parameters["bias.0"][run].squeeze(0))
         a.requires_grad_()

@@ -169,9 +169,12 @@ class Plain:
         clock.begin(number)
         draws = Draws([self.run.seed], clock, torch.float64)
         masks = Dropout([self.run.dropout], draws, torch.device("cpu"), torch.float64)
+        on_inputs = Dropout([self.run.input_dropout], draws, torch.device("cpu"), torch.float64)
         losses, wrong = 0.0, 0
-        for rows in orders([self.run.seed], len(y), number)[0].split(self.run.batch_size):
-            logits, local = self.forward(x[rows], y[rows], masks)
+        order = orders([self.run.seed], len(y), number)[0] if self.run.shuffle else torch.arange(len(y))
+        for rows in order.split(self.run.batch_size):
+            mask = on_inputs.mask("inputs", len(rows), 64)
+            logits, local = self.forward(x[rows] if mask is None else x[rows] * mask[0], y[rows], masks)
             loss = F.cross_entropy(logits, y[rows])
             self.optimizer.zero_grad()
             (loss + local).backward()
@@ -191,7 +194,9 @@ class Plain:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("algorithm", ["bp", "ll-cce"])
 def test_training_is_that_of_a_plain_loop(algorithm, optimizer, batch_norm, digits):
-    run = spec(algorithm, optimizer=optimizer, batch_norm=batch_norm, weight_decay=0.01, dropout=0.2, batch_size=50)
+    changes = {"input_dropout": 0.3, "shuffle": False} if optimizer == "sgd" else {}
+    changes |= {"batch_norm": batch_norm, "weight_decay": 0.01, "dropout": 0.2, "batch_size": 50}
+    run = spec(algorithm, optimizer=optimizer, **changes)
     plain, trained = Plain(run, digits), cohort([run], digits, dtype=torch.float64, keep_final=True)
     record = trained.records[0]
     for epoch in range(run.epochs):
@@ -658,6 +663,24 @@ def test_training_examples_are_drawn_anew_every_epoch_and_all_of_them(digits, mo
     assert len({tuple(run.tolist()) for run in epochs.flatten(0, 1)}) == 4
 
 
+@pytest.mark.parametrize("skew", ["none", "step"])
+def test_unshuffled_examples_come_in_the_order_of_the_data_set(skew, digits, monkeypatch):
+    seen = []
+    batch = Feed.batch
+
+    def watched(feed, part, rows, draws=None, which=None):
+        if draws is not None:
+            seen.append(rows.clone())
+        return batch(feed, part, rows, draws, which)
+
+    monkeypatch.setattr(Feed, "batch", watched)
+    specs = [spec(seed=seed, epochs=2, shuffle=False, skew_type=skew) for seed in (0, 1)]
+    trained = train(specs, digits)
+    epochs = torch.cat(seen, 1).view(2, 2, trained.examples)
+    assert (epochs == epochs[0, 0]).all()
+    assert (epochs[0, 0].diff() > 0).all()
+
+
 @pytest.mark.parametrize("skew", ["long_tailed", "step"])
 def test_skewed_training_sees_fewer_examples_and_the_same_validation(skew, digits):
     plain, skewed = spec(lr=1e-9), spec(lr=1e-9, skew_type=skew, imbalance_factor=5)
@@ -669,7 +692,9 @@ def test_skewed_training_sees_fewer_examples_and_the_same_validation(skew, digit
 
 
 @pytest.mark.parametrize(
-    "change", [{"brightness": 0.5}, {"rotation": 30}, {"zoom": 0.3}, {"translation": 0.2}], ids=str
+    "change",
+    [{"brightness": 0.5}, {"rotation": 30}, {"zoom": 0.3}, {"translation": 0.2}, {"flip": 0.5}, {"crop": 1}],
+    ids=str,
 )
 def test_augmentation_changes_training_images_only(change, digits):
     one, other = (train([spec(lr=1e-9, **own)], digits, dtype=torch.float64).records[0] for own in ({}, change))
@@ -680,7 +705,15 @@ def test_augmentation_changes_training_images_only(change, digits):
 
 
 def test_augmentation_and_skew_are_each_runs_own(digits):
-    both = {"rotation": 15, "translation": 0.1, "skew_type": "step", "imbalance_factor": 4}
+    both = {
+        "rotation": 15,
+        "translation": 0.1,
+        "flip": 0.5,
+        "crop": 1,
+        "input_dropout": 0.2,
+        "skew_type": "step",
+        "imbalance_factor": 4,
+    }
     specs = [spec("dfa", **both, **changes) for changes in DIFFERENT]
     together = train(specs, digits, dtype=torch.float64)
     for run, own in enumerate(specs):
@@ -688,10 +721,60 @@ def test_augmentation_and_skew_are_each_runs_own(digits):
         assert_close_records(together.records[run], alone, loss=1e-8, error=1e-12)
 
 
+def test_one_augmentation_does_not_change_the_numbers_of_another(digits):
+    """That of the digits is what it was before there was any cropping."""
+
+    def images(**changes):
+        feed = Feed(digits, spec(**changes), torch.device("cpu"))
+        draws = Draws([0, 7], Clock(torch.device("cpu")), torch.float32)
+        return feed.batch(feed.train, torch.arange(10).view(2, 5), draws)[0]
+
+    turned = images(rotation=30, brightness=0.2)
+    assert torch.equal(images(rotation=30, brightness=0.2, flip=1e-9), turned)
+    mirrored = images(flip=1, rotation=0)
+    assert torch.equal(mirrored.unflatten(2, (8, 8)).flip(-1).flatten(2), images())
+    assert not torch.equal(images(crop=1), images())
+    assert turned.double().sum().item() == pytest.approx(-236.530, abs=0.01)
+
+
 def test_dropout_is_for_training_only(digits):
     one, other = (train([spec(lr=1e-9, dropout=rate)], digits, dtype=torch.float64).records[0] for rate in (0.0, 0.5))
     assert other.history["loss"] != pytest.approx(one.history["loss"], rel=1e-3)
     assert other.history["val_loss"] == pytest.approx(one.history["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["loss", "error", "val_loss", "val_error"])
+def test_dropout_on_inputs_is_for_training_only_whatever_the_objective(objective, digits):
+    changes = {"lr": 1e-9, "objective": objective}
+    one, other = (
+        train([spec(input_dropout=rate, **changes)], digits, dtype=torch.float64).records[0] for rate in (0.0, 0.5)
+    )
+    assert other.history["loss"] != pytest.approx(one.history["loss"], rel=1e-3)
+    assert other.history["val_loss"] == pytest.approx(one.history["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_reconstruction_is_that_of_whole_inputs(dropout, digits, monkeypatch):
+    seen = []
+    gradients = Backpropagation.gradients
+
+    def watched(rule, step):
+        seen.append((step.inputs.clone(), step.target.clone()))
+        gradients(rule, step)
+
+    monkeypatch.setattr(Backpropagation, "gradients", watched)
+    changes = {"problem_type": "reconstruction", "scaler": "zero_one", "input_dropout": dropout, "epochs": 1}
+    seeds = (3, 3, 4)
+    train([spec(seed=seed, lr=lr, **changes) for seed, lr in zip(seeds, (0.1, 0.2, 0.1), strict=True)], digits)
+    for inputs, target in seen:
+        dropped = (inputs == 0) & (target > 0)
+        torch.testing.assert_close(inputs[~dropped], target[~dropped] / (1 - dropout))
+        share = dropped.sum() / (target > 0).sum()
+        assert share.item() == pytest.approx(dropout, abs=0.05 if len(target[0]) == 64 else 0.2)
+        assert torch.equal(target[0], target[2]), "the learning rate sorts them, and these have one seed"
+        assert torch.equal(dropped[0], dropped[2])
+        assert not dropout or not torch.equal(dropped[0], dropped[1])
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize(

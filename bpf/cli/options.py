@@ -15,7 +15,7 @@ from bpf.spec.values import is_number
 
 PANELS = {
     "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),
-    "Network": ("arch", "activation", "batch_norm", "use_bias", "bw_init", "init", "dropout"),
+    "Network": ("arch", "activation", "batch_norm", "use_bias", "bw_init", "init", "dropout", "input_dropout"),
     "Optimisation": (
         "optimizer",
         "lr",
@@ -24,6 +24,7 @@ PANELS = {
         "momentum",
         "weight_decay",
         "batch_size",
+        "shuffle",
         "epochs",
         "early_stopping",
         "output_loss",
@@ -37,7 +38,7 @@ PANELS = {
         "scaler",
         "image_size",
     ),
-    "Augmentation": ("brightness", "rotation", "zoom", "translation"),
+    "Augmentation": ("brightness", "rotation", "zoom", "translation", "flip", "crop"),
     "Execution": ("executions_per_trial", "seed", "device", "matmul_precision", "trackers", "tracker_every"),
 }
 ALIASES = {
@@ -46,7 +47,7 @@ ALIASES = {
     "options": "--option",
     "executions_per_trial": "--executions",
 }
-FLAGS = ("batch_norm", "use_bias", "allow_unstable")
+FLAGS = ("batch_norm", "use_bias", "shuffle", "allow_unstable")
 LISTS = ("trackers", "options")
 
 

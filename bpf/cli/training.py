@@ -131,7 +131,8 @@ def train(
     check_targets(notify)
 
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
-    name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(run.model_dump(mode='json', exclude={'device'}))[:8]}"
+    settings = run.model_dump(mode="json", exclude={"device", *run.unchanged})
+    name = f"train-{_slug(run.dataset)}-{run.algorithm}-{digest(settings)[:8]}"
     place = place_of(None, None, None, keep_checkpoints)
     experiment = api.open_train(_new(directory or RUNS / name), run, data_dir, place)
     train_all(experiment, effort, observer(quiet or as_json, verbose), notify=notify)

@@ -1,4 +1,4 @@
-"""Random brightness, rotation, zoom and translation of training images, for many runs at once."""
+"""Random changes of training images, for many runs at once."""
 
 import math
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 DRAWS = 5
 """Random numbers for one image: brightness, angle, zoom, shift right, shift down."""
+CROP_DRAWS = 3
+"""Random numbers for one image: whether it is mirrored, place of the cut across and down."""
 
 
 def augment(
@@ -31,9 +33,7 @@ def augment(
     """
     if not (brightness or rotation or zoom or translation):
         return images
-    runs, batch = images.shape[:2]
-    if drawn.shape != (runs, batch, DRAWS):
-        raise ValueError(f"random numbers of the shape {list(drawn.shape)} for {runs} runs of {batch} images")
+    _check(drawn, images, DRAWS)
     light, angle, scale, right, down = (drawn * 2 - 1).unbind(-1)
     if rotation or zoom or translation:
         images = _transform(
@@ -45,6 +45,35 @@ def augment(
     if brightness:
         images = images * (1 + light * brightness).to(images.dtype)[:, :, None, None, None]
     return images.clamp(0, 255)
+
+
+def crop_and_flip(images: Tensor, *, crop: int, flip: float, drawn: Tensor) -> Tensor:
+    """Move and mirror each image at random by whole pixels: float [R, B, C, H, W] -> the same shape, no value changed.
+
+    With `crop` black pixels around it, the size is cut out at any of the (2 crop + 1)² places; then it is mirrored left
+    to right with probability `flip`. `drawn` are uniform numbers in [0, 1), float32 [R, B, CROP_DRAWS], used alike
+    whichever of the two is 0. Raises ValueError for another shape.
+    """
+    _check(drawn, images, CROP_DRAWS)
+    height, width = images.shape[-2:]
+    mirrored, across, down = drawn[..., None].unbind(-2)
+    across, down = ((one * (2 * crop + 1)).long() - crop for one in (across, down))
+    columns, rows = (torch.arange(size, device=images.device) for size in (width, height))
+    columns = torch.where(mirrored < flip, width - 1 - columns, columns) + across
+    return _taken(_taken(images, columns[:, :, None, None], -1), (rows + down)[:, :, None, :, None], -2)
+
+
+def _taken(images: Tensor, places: Tensor, axis: int) -> Tensor:
+    """What is at these places along an axis, black where they are outside."""
+    last = images.shape[axis] - 1
+    taken = images.gather(axis, places.clamp(0, last).expand_as(images))
+    return taken.mul_((places >= 0) & (places <= last))
+
+
+def _check(drawn: Tensor, images: Tensor, draws: int) -> None:
+    runs, batch = images.shape[:2]
+    if drawn.shape != (runs, batch, draws):
+        raise ValueError(f"random numbers of the shape {list(drawn.shape)} for {runs} runs of {batch} images")
 
 
 def _transform(images: Tensor, *, angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

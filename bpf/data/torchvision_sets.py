@@ -83,6 +83,18 @@ class FashionMnist(_IdxSet):
     archives: ClassVar[tuple[str, ...]] = tuple(f"FashionMNIST/raw/{name}.gz" for name in _IdxSet.raw)
 
 
+class KuzushijiMnist(_IdxSet):
+    """Cursive Japanese characters, 28x28 grey (Clanuwat et al. 2018)."""
+
+    shape: ClassVar[tuple[int, int, int] | None] = (1, 28, 28)
+    class_count: ClassVar[int | None] = 10
+    train_size: ClassVar[int | None] = 60_000
+    test_size: ClassVar[int | None] = 10_000
+    torchvision_class: ClassVar[str] = "KMNIST"
+    folder: ClassVar[str] = "KMNIST/raw"
+    archives: ClassVar[tuple[str, ...]] = tuple(f"KMNIST/raw/{name}.gz" for name in _IdxSet.raw)
+
+
 class Cifar10(TorchvisionSet):
     """Small photographs of 10 kinds of objects, 32x32 colour (Krizhevsky 2009)."""
 

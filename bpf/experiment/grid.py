@@ -303,7 +303,7 @@ def _unsuitable(name: str, rule: "type[Algorithm]", parameter: str, value: Value
     if parameter == "init" and value == "aligned" and not rule.has_feedback:
         return (
             f"algorithm {name} with init aligned: {name} has no feedback matrices to align with. "
-            "Use init orthogonal, torch or zeros."
+            "Use another init, such as orthogonal."
         )
     return ""
 

@@ -39,5 +39,9 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "swish": Activation(torch.nn.functional.silu, _in_place(aten.silu_backward.grad_input), from_input=True),
     "gelu": Activation(torch.nn.functional.gelu, _in_place(aten.gelu_backward.grad_input), from_input=True),
+    "elu": Activation(
+        torch.nn.functional.elu_,
+        lambda error, h: aten.elu_backward.grad_input(error, 1, 1, 1, True, h, grad_input=error),
+    ),
 }
-"""tanh, sigmoid and relu; lrelu (slope 0.01); swish (a σ(a), also called SiLU); gelu (exact, with erf)."""
+"""tanh, sigmoid and relu; lrelu (slope 0.01); swish (a σ(a), also called SiLU); gelu (exact, with erf); elu (α 1)."""

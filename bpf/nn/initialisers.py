@@ -74,18 +74,29 @@ def forward_weight(
     dtype: torch.dtype,
     device: torch.device = CPU,
 ) -> Tensor:
-    """One run's weight [fan_out, fan_in]: orthogonal (gain 1), torch (U(±1/√fan_in)) or zeros."""
+    """One run's weight [fan_out, fan_in]: orthogonal (gain 1); torch U(±1/√fan_in); zeros; he_uniform U(±√(6/fan_in))
+    (He et al. 2015); xavier U(±√(6/(fan_in + fan_out))) (Glorot & Bengio 2010); akrout N(0, 1/(fan_in + fan_out))
+    (Akrout et al. 2019, their code)."""
+    shape = fan_out, fan_in
     if name == "orthogonal":
         return orthogonal(fan_out, fan_in, generator, dtype, device)
     if name == "torch":
-        return uniform(1 / math.sqrt(fan_in), (fan_out, fan_in), generator, dtype)
-    return torch.zeros(fan_out, fan_in, dtype=dtype)
+        return uniform(1 / math.sqrt(fan_in), shape, generator, dtype)
+    if name == "he_uniform":
+        return uniform(math.sqrt(6 / fan_in), shape, generator, dtype)
+    if name == "xavier":
+        return uniform(math.sqrt(6 / (fan_in + fan_out)), shape, generator, dtype)
+    if name == "akrout":
+        return torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(fan_in + fan_out)
+    return torch.zeros(shape, dtype=dtype)
 
 
 def forward_bias(name: str, units: int, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """One run's bias [1, units]: U(±1/√fan_in) with torch's initialisation, zero with the others."""
+    """One run's bias [1, units]: as the weights with torch and akrout, zero with the others."""
     if name == "torch":
         return uniform(1 / math.sqrt(fan_in), (1, units), generator, dtype)
+    if name == "akrout":
+        return torch.randn(1, units, generator=generator, dtype=dtype) / math.sqrt(fan_in + units)
     return torch.zeros(1, units, dtype=dtype)
 
 

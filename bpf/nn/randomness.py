@@ -122,8 +122,11 @@ class Dropout:
         self._thresholds = torch.tensor(thresholds, dtype=torch.int32, device=device)
         self._scales = torch.tensor([1 / (1 - rate) for rate in rates], dtype=dtype, device=device)
 
-    def mask(self, layer: int, batch: int, units: int) -> Tensor | None:
-        """Zeros with each run's rate p, otherwise 1/(1 - p), [runs, batch, units]; None when nothing drops."""
+    def mask(self, layer: int | str, batch: int, units: int) -> Tensor | None:
+        """Zeros with each run's rate p, otherwise 1/(1 - p), [runs, batch, units]; None when nothing drops.
+
+        The layer is that by index whose outputs are dropped, or `inputs`.
+        """
         if not self._active:
             return None
         return self._draws.kept(f"dropout.{layer}", (batch, units), self._thresholds, self._scales)

@@ -45,6 +45,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "lrelu": partial(nn.LeakyReLU, LEAKY_SLOPE),
     "swish": nn.SiLU,
     "gelu": nn.GELU,
+    "elu": nn.ELU,
 }
 
 

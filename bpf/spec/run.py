@@ -50,7 +50,7 @@ def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
 
 
-NEWER = ("matmul_precision", "schedule", "clip")
+NEWER = ("matmul_precision", "schedule", "clip", "shuffle", "input_dropout", "flip", "crop")
 """Fields that no identity and no cell names at their defaults, as it was before there was a choice."""
 
 
@@ -58,7 +58,7 @@ class Settings(Frozen):
     """What a run and a grid state in the same way."""
 
     dataset: Annotated[str, AfterValidator(check_plain)] = Field(
-        description="Data set: digits, mnist, fmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
+        description="Data set: digits, mnist, fmnist, kmnist, cifar10, cifar100, caltech256, eurosat, folder:PATH, "
         "npz:PATH, or a plugin's (see `bpf datasets`)."
     )
     problem_type: Literal["classification", "reconstruction"] = Field(
@@ -82,6 +82,10 @@ class Settings(Frozen):
     scaler: ScalerName = Field("standard", description="Pixel values: [-1, 1], [0, 1], or 0..255 as they are.")
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
+    shuffle: bool = Field(
+        True, description="Whether training examples come in a new order every epoch, or in that of the data set."
+    )
+    input_dropout: Dropout = Field(0.0, description="Dropout rate of the inputs; 0 is off.")
     clip: float = Field(
         0.0,
         ge=0,
@@ -103,6 +107,16 @@ class Settings(Frozen):
     zoom: float = Field(0.0, ge=0, lt=1, description="Augmentation: zoom by up to this fraction; 0 is off.")
     translation: float = Field(
         0.0, ge=0, le=1, description="Augmentation: shift by up to this fraction of the side; 0 is off."
+    )
+    flip: float = Field(
+        0.0, ge=0, le=1, description="Augmentation: probability of being mirrored left to right; 0 is off."
+    )
+    crop: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Augmentation: pad by this many black pixels and crop back to the size at a random place; 0 is "
+        "off.",
     )
     image_size: int | None = Field(
         None, ge=1, le=4096, description="Side in pixels to which the images of folder:PATH are resized."
@@ -232,6 +246,11 @@ class RunSpec(Settings):
         """Units of the hidden layers."""
         return tuple(int(units) for units in self.arch.split("-"))
 
+    @property
+    def unchanged(self) -> frozenset[str]:
+        """The newer fields at their defaults, which names and keys on disk do not know."""
+        return frozenset(name for name in NEWER if getattr(self, name) == type(self).model_fields[name].default)
+
     def rule_options(self) -> dict[str, Any]:
         """The options given for this run's rule."""
         return self.options.get(self.algorithm, {})
@@ -247,10 +266,7 @@ class RunSpec(Settings):
         fields["options"] = {self.algorithm: self.rule_options()} if self.rule_options() else {}
         if self.optimizer not in ("sgd", "nag"):
             del fields["momentum"]
-        for name in NEWER:
-            if fields[name] == type(self).model_fields[name].default:
-                del fields[name]
-        return fields
+        return {name: value for name, value in fields.items() if name not in self.unchanged}
 
 
 def work(spec: Mapping[str, Any]) -> float:

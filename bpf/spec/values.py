@@ -9,9 +9,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bpf.spec import schedules
 
-ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu"]
+ActivationName = Literal["tanh", "relu", "swish", "lrelu", "sigmoid", "gelu", "elu"]
 FeedbackInit = Literal["ortho", "lecun", "frenkel", "nokland", "principled"]
-ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned"]
+ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned", "he_uniform", "xavier", "akrout"]
 OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
 SkewType = Literal["none", "long_tailed", "step"]
 ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bpf.data.augmentation import DRAWS, augment
+from bpf.data.augmentation import CROP_DRAWS, DRAWS, augment, crop_and_flip
 from bpf.data.cache import Data
 from bpf.data.subsets import subset
 from bpf.nn.randomness import Draws
@@ -53,6 +53,7 @@ class Feed:
         self.val = Part(images, labels, torch.from_numpy(chosen.val).to(device))
         everything = torch.arange(len(data.test_labels), device=device)
         self.test = Part(data.test_images.flatten(1).to(device), data.test_labels.to(device), everything)
+        self._crops = bool(spec.crop or spec.flip)
         self._augments = any((spec.brightness, spec.rotation, spec.zoom, spec.translation))
 
     @property
@@ -70,8 +71,8 @@ class Feed:
         """
         flat = rows.reshape(-1)
         pixels = part.images.index_select(0, flat).view(*rows.shape, -1).to(self._dtype)
-        if draws is not None and self._augments:
-            pixels = self._augmented(pixels, draws.uniform("augmentation", rows.shape[1], DRAWS))
+        if draws is not None and (self._crops or self._augments):
+            pixels = self._augmented(pixels.view(*rows.shape, *self._shape), draws).flatten(2)
         offset, factor = SCALES[self._spec.scaler]
         inputs = pixels.sub_(offset).mul_(factor)
         labels = part.labels.index_select(0, flat).view(rows.shape)
@@ -80,13 +81,18 @@ class Feed:
         target = inputs if self._reconstructs else self._one_hot[labels]
         return inputs, target, labels
 
-    def _augmented(self, pixels: Tensor, drawn: Tensor) -> Tensor:
-        changed = augment(
-            pixels.view(*pixels.shape[:2], *self._shape),
-            brightness=self._spec.brightness,
-            rotation=self._spec.rotation,
-            zoom=self._spec.zoom,
-            translation=self._spec.translation,
-            drawn=drawn,
-        )
-        return changed.flatten(2)
+    def _augmented(self, images: Tensor, draws: Draws) -> Tensor:
+        spec, batch = self._spec, images.shape[1]
+        if self._crops:
+            drawn = draws.uniform("augmentation.crop", batch, CROP_DRAWS)
+            images = crop_and_flip(images, crop=spec.crop, flip=spec.flip, drawn=drawn)
+        if self._augments:
+            images = augment(
+                images,
+                brightness=spec.brightness,
+                rotation=spec.rotation,
+                zoom=spec.zoom,
+                translation=spec.translation,
+                drawn=draws.uniform("augmentation", batch, DRAWS),
+            )
+        return images

@@ -56,12 +56,15 @@ def footprint(
     network = network.to(device)
     optimizer = StackedOptimizer(spec.optimizer, network, [spec.lr], [spec.weight_decay], spec.momentum)
     loss, draws = output_loss(spec.resolved_loss, squash), Draws([spec.seed], Clock(device), torch.float32)
+    dropout, input_dropout = (
+        Dropout([rate], draws, device, torch.float32) for rate in (spec.dropout, spec.input_dropout)
+    )
     rates = torch.full((1,), spec.lr, device=device)
-    dropout = Dropout([spec.dropout], draws, device, torch.float32)
 
     def step() -> None:
-        batch = torch.zeros(1, spec.batch_size, inputs, device=device)
-        target = batch
+        batch = target = torch.zeros(1, spec.batch_size, inputs, device=device)
+        mask = input_dropout.mask("inputs", spec.batch_size, inputs)
+        batch = batch if mask is None else batch * mask
         if spec.problem_type == "classification":
             target = torch.full((1, spec.batch_size, targets), 1 / targets, device=device)
         step = Step(network, batch, target, loss, dropout.mask, draws=draws, rates=rates)

@@ -22,7 +22,7 @@ EVALUATION_ROWS = 512
 
 
 class Steps:
-    """The training steps of stacked runs, whose specs share the batch size."""
+    """The training steps of stacked runs, whose specs differ in what those of a cohort may differ in."""
 
     def __init__(
         self,
@@ -47,12 +47,13 @@ class Steps:
         self._clock = Clock(device)
         self.draws = Draws(seeds, self._clock, dtype)
         self._dropout = Dropout([spec.dropout for spec in specs], self.draws, device, dtype)
+        self._input_dropout = Dropout([spec.input_dropout for spec in specs], self.draws, device, dtype)
         rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
         self._pace, self._schedule, self._epochs = optimizer.pace, specs[0].schedule, specs[0].epochs
         self.rates, self._clip = self._pace.scaled(rates), specs[0].clip
         self._watch = Watch(specs[0].algorithm, rule, layerwise)
         self._augmenting = Draws(self._seeds, self._clock, torch.float32)
-        self._size = specs[0].batch_size
+        self._shuffles, self._size = specs[0].shuffle, specs[0].batch_size
         self._whole, rest = divmod(len(feed.train), self._size)
         self.count = self._whole + bool(rest)
         self._order = torch.zeros(self._whole, len(self._seeds), self._size, dtype=torch.int64, device=device)
@@ -77,8 +78,10 @@ class Steps:
             self._recorder.run("last step", self._last_step, self._held)
 
     def _shuffle(self, epoch: int) -> None:
-        drawn = orders(self._seeds, len(self._feed.train), epoch).to(self._order.device)
-        rows = self._feed.train.index[drawn]
+        """Lay out the rows of an epoch, in the order of the data set where the specs ask for it."""
+        seeds, size = self._seeds, len(self._feed.train)
+        drawn = orders(seeds, size, epoch) if self._shuffles else torch.arange(size).expand(len(seeds), -1)
+        rows = self._feed.train.index[drawn.to(self._order.device)]
         whole = self._whole * self._size
         self._order.copy_(rows[:, :whole].reshape(len(rows), self._whole, self._size).transpose(0, 1))
         self._rest.copy_(rows[:, whole:])
@@ -91,6 +94,8 @@ class Steps:
 
     def _step(self, rows: Tensor) -> None:
         inputs, target, labels = self._feed.batch(self._feed.train, rows, self._augmenting, self._which)
+        mask = self._input_dropout.mask("inputs", *inputs.shape[1:])
+        inputs = inputs if mask is None else inputs * mask  # the target may be these very inputs, and stays whole
         step = Step(
             self._network, inputs, target, self._loss, self._dropout.mask, self._learned, self.draws, self.rates
         )
