@@ -276,6 +276,17 @@ def test_a_key_is_stable_across_versions():
     assert cell.key == digest(identity | {"output_loss": "ce", "options": {}})
 
 
+def test_an_option_that_came_later_is_named_only_where_it_is_another():
+    fixed = {"arch": "8", "activation": "tanh", "batch_norm": False, "bw_init": "ortho", "lr": 0.1}
+    [plain] = plan("dfa", **fixed).cells
+    [same] = plan("dfa", **fixed, options={"dfa": {"hidden_factor": "1"}}).cells
+    assert (plain.key, plain.params) == (same.key, same.params)
+    assert not any(name.startswith("dfa.") for name in plain.params)
+    others = plan("dfa", **fixed, options={"dfa": {"hidden_factor": "1,10", "through_dropout": "true"}}).cells
+    assert [cell.params["dfa.hidden_factor"] for cell in others] == [1.0, 10.0]
+    assert len({plain.key, *(cell.key for cell in others)}) == 3
+
+
 def test_structures_are_equal_exactly_where_runs_may_be_stacked():
     lists = {"arch": "8,8-8", "activation": "tanh,sigmoid", "lr": "0.1,0.01", "optimizer": "adam,sgd"}
     lists |= {"bw_init": "ortho,lecun", "batch_size": "16,64", "weight_decay": "0,0.1", "dropout": "0,0.3"}

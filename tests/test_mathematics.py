@@ -384,3 +384,34 @@ def test_declarations_of_the_rules():
     assert {name: set(rule.unused_parameters) for name, rule in RULES.items() if rule.unused_parameters} == {
         "bp": {"bw_init"}
     }
+
+
+def test_options_of_the_hidden_errors():
+    """s multiplies hidden gradients only; through dropout, an error is that of what the layer passes on."""
+    case = Case("dfa", "tanh", True, False, True, CLASSIFICATION[0])
+    plain, _ = case.step()
+    problem = case.rule.problem
+    for rule, options, factor in (("dfa", {"hidden_factor": 30.0}, 30.0), ("dfa", {"through_dropout": True}, None)):
+        case.rule = RULES[rule](RULES[rule].Options.model_validate(options), problem)
+        changed, _ = case.step()
+        last = f".{len(WIDTHS)}"
+        for name, gradient in changed.items():
+            if name.endswith(last):
+                assert torch.equal(gradient, plain[name])
+            elif factor is not None:
+                torch.testing.assert_close(gradient, plain[name] * factor, rtol=1e-9, atol=1e-12)
+            else:
+                assert not torch.allclose(gradient, plain[name])
+    layer, masks = case.network.layers[-2], case.masks
+    case.rule = RULES["dfa"](RULES["dfa"].Options(through_dropout=True), problem)
+    changed, step = case.step()
+    h = case.inputs
+    traces = []
+    for k, one in enumerate(case.network.hidden):
+        traces.append(one.forward(h, case.masks[k]))
+        h = traces[-1].passed_on
+    error = output_loss(case.loss_name, case.squash)(step.logits, case.target)[1]
+    with torch.no_grad():
+        layer.backward(traces[-1], layer.feed_back(error) * case.masks[len(WIDTHS) - 1])
+    torch.testing.assert_close(layer.weight_gradient, changed[f"weight.{layer.index}"])
+    assert len(masks) == len(WIDTHS)

@@ -184,6 +184,10 @@ class ProjectionRule(Algorithm):
     needs_projection: ClassVar[bool] = True
     """Whether the signal depends on p; if not, p is not computed."""
 
+    def hidden_error(self, step: Step, layer: Layer, signal: Tensor) -> Tensor:
+        """δh of a layer, [runs, batch, units], by its teaching signal t: `t F^T`."""
+        return layer.feed_back(signal)
+
     def teaching_signal(self, projected: Tensor | None, target: Tensor, output_error: Tensor | None) -> Tensor:
         """t = ∂L/∂p, [runs, batch, targets], for the batch mean.
 
@@ -218,6 +222,6 @@ class ProjectionRule(Algorithm):
         layer = trace.layer
         projected = layer.project(trace.output) if self.needs_projection else None
         signal = self.teaching_signal(projected, step.target, output_error)
-        layer.backward(trace, layer.feed_back(signal))
+        layer.backward(trace, self.hidden_error(step, layer, signal))
         if self.layerwise:
             step.learned(layer)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_CELLS = 1_000_000
 SKEW = "skew"
+LATER = {"later": True}
+"""What an option says that came after experiments had been made with its rule: no cell names it at its default."""
 PER_RUN = frozenset({"lr", "bw_init", "dropout", "weight_decay", "seed"})
 """What the runs of a cohort may differ in."""
 NO_SETUP = frozenset({"lr", *REGULARISATION})
@@ -323,7 +325,7 @@ def _check_option_names(options: Mapping[str, Any], rules: Rules) -> None:
 
 
 def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> dict[str, list[Value]]:
-    """Every option of a rule with its validated candidates, defaults included."""
+    """Every option of a rule with its validated candidates; defaults included, but for those that came later."""
     defaults = _options(rule, name, {}).model_dump(mode="json")
     values: dict[str, list[Value]] = {option: [default] for option, default in defaults.items()}
     for option, raw in given.items():
@@ -332,7 +334,8 @@ def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any])
         if len(set(validated)) < len(validated):
             raise UsageError(f"{name}.{option}: {raw!r} is not accepted: a value is there more than once.")
         values[option] = validated
-    return values
+    later = {option for option, field in rule.Options.model_fields.items() if field.json_schema_extra == LATER}
+    return {option: each for option, each in values.items() if option not in later or each != [defaults[option]]}
 
 
 def _options(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> BaseModel:
