@@ -1,0 +1,1 @@
+"""Learning rules that need no backward pass, only more than one forward."""
