@@ -28,7 +28,7 @@ EVERYTHING = {"dropout": 0.3, "rotation": 20, "brightness": 0.3, "batch_norm": T
 EVERYTHING |= {"flip": 0.5, "crop": 2, "input_dropout": 0.2}
 RULES = (
     *("bp", "dfa", "drtp", "ll-cce", "ll-mse", "fa", "sdfa", "shallow", "pepita", "sign-symmetry", "kp", "dkp"),
-    *("pred", "predsim", "pc", "fw-dtp"),
+    *("pred", "predsim", "pc", "fw-dtp", "ff", "fg-a"),
 )
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd", "nag")
 

@@ -250,7 +250,8 @@ def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # as copies: where they lie in the file is not aligned, and kernels round differently there
+            return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError:
         _refuse(path, "it is damaged or no safetensors file")
     except OSError as error:
