@@ -240,7 +240,7 @@ OPTIONS = {
     "  bpf tune runs/digits-dfa-loss --dataset digits --objective loss --algorithm dfa --lr 0.0001,0.001,0.01,0.1\n"
     "  bpf tune runs/digits-dfa-val_loss --dataset digits --objective val_loss --algorithm dfa "
     "--lr-from runs/digits-dfa-loss",
-    f"{TUNE} --objective val_loss --option dfa.x=1": "Unknown option dfa.x. dfa has no options.",
+    f"{TUNE} --objective val_loss --option dfa.x=1": "Unknown option dfa.x. Known: hidden_factor, through_dropout.",
     f"{TRAIN} --objective val_error --val-frac 0": "objective val_error with val_frac 0: there is no validation split "
     "to measure. Give val_frac, such as 0.1.",
     f"{TRAIN} --imbalance-factor 5": SKEW,
@@ -262,7 +262,7 @@ OPTIONS = {
     f"{TUNE} --seed 2147483646": "seed 2147483646 with executions_per_trial 3: executions have the seeds from seed on, "
     "which must stay below 2147483648. Use a smaller seed.",
     f"{TRAIN} --option nope.x=1": "Options are given for the rule 'nope', which is not in algorithm. Known: dfa.",
-    f"{TUNE} --option dfa.x=1 --dry-run": "Unknown option dfa.x. dfa has no options.",
+    f"{TUNE} --option dfa.x=1 --dry-run": "Unknown option dfa.x. Known: hidden_factor, through_dropout.",
     f"{TRAIN} --option dfa": "--option 'dfa' is not of the form RULE.NAME=VALUE, such as my-rule.scale=0.05.",
     f"{TRAIN} --option dfa.x=": "--option 'dfa.x=' is not of the form RULE.NAME=VALUE, such as my-rule.scale=0.05.",
     f"{TRAIN} --image-size 8": "The dataset 'digits' has images of one size; leave out --image-size. "

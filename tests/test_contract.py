@@ -35,7 +35,7 @@ def test_own_rules_keep_the_contract(rule, check):
 def test_rules_of_the_plugins_have_contract_tests_of_their_own():
     """They run with these, so once is enough."""
     tests = [path.read_text(encoding="utf-8") for path in (ROOT / "plugins").glob("*/tests/test_*.py")]
-    tested = re.findall(r'^class Test\w+\(AlgorithmContract\):\n    name = "(.+)"$', "\n".join(tests), flags=re.M)
+    tested = re.findall(r'^class \w+\(AlgorithmContract\):\n    name = "(.+)"$', "\n".join(tests), flags=re.M)
     declared = [path.read_text(encoding="utf-8") for path in (ROOT / "plugins").glob("*/pyproject.toml")]
     tables = [tomllib.loads(text)["project"]["entry-points"].get("bpf.algorithms", {}) for text in declared]
     assert len(OWN) == 5

@@ -154,7 +154,7 @@ def test_single_runs_are_checked_in_the_same_way():
     aligned = RunSpec(dataset="digits", algorithm="bp", init="aligned")
     assert refusal(check_run, aligned, RULES["bp"]).startswith("algorithm bp with init aligned: ")
     wrong = RunSpec(dataset="digits", algorithm="dfa", options={"dfa": {"scale": 1}})
-    assert refusal(check_run, wrong, RULES["dfa"]) == "Unknown option dfa.scale. dfa has no options."
+    assert refusal(check_run, wrong, RULES["dfa"]) == "Unknown option dfa.scale. Known: hidden_factor, through_dropout."
 
 
 def test_learning_rates_come_first():

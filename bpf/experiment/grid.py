@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 MAX_CELLS = 1_000_000
 SKEW = "skew"
-LATER = {"later": True}
-"""What an option says that came after experiments had been made with its rule: no cell names it at its default."""
 PER_RUN = frozenset({"lr", "bw_init", "dropout", "weight_decay", "seed"})
 """What the runs of a cohort may differ in."""
 NO_SETUP = frozenset({"lr", *REGULARISATION})
@@ -325,7 +323,7 @@ def _check_option_names(options: Mapping[str, Any], rules: Rules) -> None:
 
 
 def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> dict[str, list[Value]]:
-    """Every option of a rule with its validated candidates; defaults included, but for those that came later."""
+    """Every option of a rule with its validated candidates, but for one that came `later` and has its default."""
     defaults = _options(rule, name, {}).model_dump(mode="json")
     values: dict[str, list[Value]] = {option: [default] for option, default in defaults.items()}
     for option, raw in given.items():
@@ -334,7 +332,7 @@ def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any])
         if len(set(validated)) < len(validated):
             raise UsageError(f"{name}.{option}: {raw!r} is not accepted: a value is there more than once.")
         values[option] = validated
-    later = {option for option, field in rule.Options.model_fields.items() if field.json_schema_extra == LATER}
+    later = {o for o, field in rule.Options.model_fields.items() if field.json_schema_extra == {"later": True}}
     return {option: each for option, each in values.items() if option not in later or each != [defaults[option]]}
 
 
