@@ -18,6 +18,7 @@ import itertools
 import time
 from collections.abc import Callable
 
+import gpu_floor
 import numpy as np
 import torch
 from PIL import Image
@@ -104,29 +105,8 @@ def bpf_epoch(data: Data, rule: str, arch: str, runs: int) -> Measure:
 
 def floor(data: Data, rule: str, arch: str, runs: int) -> Measure:
     sizes = [data.shape[1] * data.shape[2], *map(int, arch.split("-")), 10]
-    inputs = [torch.randn(runs, BATCH, size) for size in sizes]
-    weights = [torch.randn(runs, o, i) for i, o in itertools.pairwise(sizes)]
-    feedback = [torch.randn(runs, size, 10) for size in sizes[1:-1]]
-    biases = [torch.zeros(runs, 1, size) for size in sizes[1:]]
-    gradients = [torch.zeros_like(weight) for weight in weights]
-    for parameter in weights + biases:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.Adam(weights + biases, fused=True)
-    last = len(weights) - 1
-
-    def step() -> None:
-        for k, weight in enumerate(weights):
-            torch.bmm(inputs[k], weight.mT)
-            torch.bmm(inputs[k + 1].mT, inputs[k], out=gradients[k])
-            if rule == "bp" and k > 0:
-                torch.bmm(inputs[k + 1], weight)
-            if rule != "bp" and k < last:
-                torch.bmm(inputs[-1], feedback[k].mT)
-            if rule.startswith("ll") and k < last:
-                torch.bmm(inputs[k + 1], feedback[k])
-        optimizer.step()
-
-    return lambda: seconds(lambda: repeat(step)) * 1e3 / STEPS / runs
+    measure = gpu_floor.floor(rule, sizes, runs, STEPS, torch.device("cpu"))
+    return lambda: measure() * 1e3 / STEPS / runs
 
 
 def network(data: Data, arch: str) -> nn.Sequential:

@@ -19,7 +19,7 @@ from bpf.experiment.directory import open_experiment
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.nn.layer import Structure
 from bpf.nn.network import Network
-from bpf.results import models, summary
+from bpf.results import models, stages, summary
 from bpf.spec.run import RunSpec
 from bpf.training.cohort import Cohort
 
@@ -330,3 +330,18 @@ def test_a_rules_prediction_decides(digits):
         assert other.test["error"] > 0.75
         assert other.test != one.test
     assert Algorithm.logits is DirectFeedbackAlignment.logits
+
+
+def test_what_a_file_calls_its_tensors_is_no_part_of_the_network(digits, tmp_path):
+    """Names like the network's, and names that look alike, stay apart from it and from each other."""
+    whole = trained(specs(runs=1), DirectFeedbackAlignment, digits)
+    best, images = whole.best_network(0), digits.test_images[:5]
+    paths = [tmp_path / "plain.safetensors", tmp_path / "forged.safetensors"]
+    added = {"weight.x.0": torch.zeros(3), "a.b": torch.zeros(1), "a_b": torch.ones(1)}
+    for path, network in zip(paths, (best, best | added), strict=True):
+        models.save(path, network, whole.specs[0], digits.shape, digits.classes)
+    assert torch.equal(bpf.load(paths[0])(images), bpf.load(paths[1])(images))
+    tensors = models.read(paths[1]).tensors
+    prediction = stages.Prediction(whole.specs[0], digits.shape, len(digits.classes), tensors)
+    assert set(prediction._names.values()) == set(tensors)
+    assert len(dict(prediction.named_buffers())) == len(tensors)

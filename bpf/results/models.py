@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Never
 
 import torch
-from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class Own(BaseModel):
     """What a rule has added to a network: its tensors, by name with their shapes, and whether it predicts by itself."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    tensors: dict[Annotated[str, StringConstraints(pattern=OWN_NAME)], Annotated[list[int], Len(max_length=8)]] = {}
+    tensors: dict[Annotated[str, StringConstraints(pattern=OWN_NAME)], Annotated[list[int], Field(max_length=8)]] = {}
     predicts: bool = False
 
 
@@ -109,7 +108,8 @@ class Model:
         if self.own.predicts:
             stages["prediction"] = Prediction(self.spec, self.shape, len(self.classes), self.tensors)
         for k in range(0 if self.own.predicts else last + 1):
-            own = {name.partition(".")[0]: t for name, t in self.tensors.items() if name.endswith(f".{k}")}
+            kinds = ("weight", "bias", "scale", "shift", "mean", "variance")
+            own = {kind: self.tensors[f"{kind}.{k}"] for kind in kinds if f"{kind}.{k}" in self.tensors}
             stages[f"linear_{k}"] = Linear(own["weight"], own.get("bias"))
             if "scale" in own:
                 stages[f"norm_{k}"] = Norm(own["scale"], own["shift"], own["mean"], own["variance"])

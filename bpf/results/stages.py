@@ -75,7 +75,7 @@ class Prediction(nn.Module):
         inputs = math.prod(shape)
         targets = inputs if spec.problem_type == "reconstruction" else classes
         self._structure = Structure(inputs, spec.widths, targets, spec.activation, spec.batch_norm, spec.use_bias)
-        self._names = {f"tensor_{name.replace('.', '_')}": name for name in tensors}
+        self._names = {f"tensor_{number}": name for number, name in enumerate(tensors)}
         for attribute, name in self._names.items():
             self.register_buffer(attribute, tensors[name][None])
 
