@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bpf.data.cache import Data, describe, load
 from bpf.data.cache import extent as extent_of
+from bpf.data.scaling import check_channels
 from bpf.data.subsets import subset
 from bpf.errors import BpfError, UsageError
 from bpf.experiment import places
@@ -222,7 +223,9 @@ def _check(experiment: Experiment) -> Data:
     experiment.trackers()
     expand(spec, experiment.rules())
     loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
-    _check_subsets(spec, loaded)
+    for each in spec.grids().values():
+        check_channels(each.scaler, loaded.shape[0])
+        _check_subsets(each, loaded)
     if not experiment.is_here:
         experiment.is_unplanned()  # a server that cannot be reached says so now
     return loaded

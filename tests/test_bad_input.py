@@ -58,7 +58,8 @@ DEVICES = "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps."
 UNITS = "a layer has 1 to 65536 units, and there are at most 100 layers."
 DROPOUT = (
     "dropout with objective loss: dropout regularises, and a training objective cannot see that, so it would have no "
-    "effect but to make the objective worse. Use objective val_loss or val_error, or leave dropout out."
+    "effect but to make the objective worse. Use objective val_loss or val_error, leave dropout out, or fix one rate "
+    "and keep the last epoch's network (keep last)."
 )
 SKEW = (
     "imbalance_factor without skew: skew_type is none, so the factor would have no effect. "
@@ -169,7 +170,8 @@ OPTIONS = {
     f"{TRAIN} --bw-init x": "--bw-init: 'x' is not one of the choices. "
     "Known: frenkel, lecun, nokland, ortho, principled.",
     f"{TRAIN} --skew-type long": "--skew-type: 'long' is not one of the choices. Did you mean 'long_tailed'?",
-    f"{TRAIN} --scaler std": "--scaler: 'std' is not one of the choices. Did you mean 'standard'?",
+    f"{TRAIN} --scaler std": "--scaler: 'std' is not accepted: give standard, zero_one, identity, or MEANS/DEVIATIONS "
+    "of the pixels in 0..255, such as 33.3/78.6 or 125,123,114/63,62,67.",
     f"{TRAIN} --output-loss cee": "--output-loss: 'cee' is not one of the choices. Did you mean 'ce'?",
     f"{TRAIN} --lr abc": "--lr: 'abc' is not accepted: it must be a valid number, unable to parse string as a number.",
     f"{TUNE} --lr 0.1,abc": "--lr: 'abc' is not accepted: it must be a valid number, "

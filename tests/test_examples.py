@@ -1,11 +1,8 @@
 """The commands of the README and the guide, and the spec files in `examples/` do what they say, on small data."""
 
-import gzip
 import itertools
-import pickle
 import re
 import shlex
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import originals
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
@@ -31,37 +29,14 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MNIST, Fashion-MNIST and CIFAR-10 in their original formats, with few images."""
-    directory = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name in ("MNIST", "FashionMNIST"):
-        raw = directory / name / "raw"
-        raw.mkdir(parents=True)
-        for part, count in (("train", 60), ("t10k", 20)):
-            images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-            labels = np.arange(count, dtype=np.uint8) % 10
-            pixels = struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes()
-            (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(pixels))
-            (raw / f"{part}-labels-idx1-ubyte.gz").write_bytes(
-                gzip.compress(struct.pack(">II", 2049, count) + labels.tobytes())
-            )
-    batches = directory / "cifar-10-batches-py"
-    batches.mkdir()
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        images = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        (batches / name).write_bytes(pickle.dumps({"data": images, "labels": [i % 10 for i in range(20)]}))
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    return directory
+    return originals.write(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
 def _place(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BPF_DATA_DIR", str(data_dir))
-    # The small files cannot have the checksums of the real ones.
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    originals.believe(monkeypatch)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -109,7 +84,7 @@ def test_the_guides_two_phases(tmp_path: Path) -> None:
 
 def test_other_commands_of_the_pages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [shlex.split(c)[1:] for c in COMMANDS if c.split()[1] not in ("tune", "resume")]
-    known = {"status", "best", "train", "report", "export", "show", "clean", "algorithms", "datasets"}
+    known = {"status", "best", "train", "report", "export", "show", "clean", "algorithms", "datasets", "reproduce"}
     assert {arguments[0] for arguments in others} == known
     others.sort(key=lambda arguments: arguments[0] != "train")  # status and best need an experiment
     for arguments in others:

@@ -108,6 +108,8 @@ CASES = [
     {"val_frac": 0.3, "objective": "val_error", "dropout": 0.2, "rotation": 10},
     {"skew_type": "long_tailed"},
     *({"problem_type": "reconstruction", "scaler": s, "lr": 1e-4} for s in ("standard", "zero_one", "identity")),
+    {"scaler": "77.7/93.1"},
+    {"problem_type": "reconstruction", "scaler": "77.7/93.1", "lr": 1e-4},
     {"problem_type": "reconstruction", "scaler": "zero_one", "output_loss": "bce", "batch_norm": True},
 ]
 

@@ -9,6 +9,7 @@ from bpf.errors import UsageError
 from bpf.spec.fields import bounds, build, choices
 from bpf.spec.grid import TUNABLE, GridSpec
 from bpf.spec.run import RunSpec, digest
+from bpf.spec.values import channel_numbers
 
 RUN = {"dataset": "digits", "algorithm": "dfa"}
 GRID = {"dataset": "digits", "algorithm": "dfa,bp"}
@@ -179,10 +180,50 @@ def test_values_out_of_range(model, field, value, message):
 def test_dropout_needs_a_validation_objective(model, objective):
     assert refusal(model, objective=objective, dropout=0.3) == (
         f"dropout with objective {objective}: dropout regularises, and a training objective cannot see that, so "
-        "it would have no effect but to make the objective worse. Use objective val_loss or val_error, or leave "
-        "dropout out."
+        "it would have no effect but to make the objective worse. Use objective val_loss or val_error, leave "
+        "dropout out, or fix one rate and keep the last epoch's network (keep last)."
     )
     assert build(model, {**RUN, "objective": objective, "dropout": 0})
+    assert build(model, {**RUN, "objective": objective, "dropout": 0.3, "keep": "last"})
+
+
+def test_several_dropouts_need_a_validation_objective_whatever_is_kept():
+    assert "dropout with objective loss" in refusal(GridSpec, dropout=[0.1, 0.3], keep="last")
+
+
+@pytest.mark.parametrize("model", [RunSpec, GridSpec])
+def test_who_stops_early_keeps_the_best_epoch(model):
+    assert refusal(model, keep="last", early_stopping=3) == (
+        "keep last with early_stopping 3: an execution that stops early does so for the sake of its best epoch. Leave "
+        "one of them out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("scaler", "numbers"),
+    [
+        ("33.3/78.6", ([33.3], [78.6])),
+        ("125.3,123,0/63,62.1,1e-3", ([125.3, 123, 0], [63, 62.1, 1e-3])),
+    ],
+)
+def test_scalers_of_numbers(scaler, numbers):
+    assert build(RunSpec, {**RUN, "scaler": scaler}).scaler == scaler
+    assert channel_numbers(scaler) == numbers
+
+
+@pytest.mark.parametrize(
+    "scaler", ["minmax", "33.3", "33.3/", "/3", "1,2/3", "1/2/3", "1,/2,3", "nan/1", "1/inf", "a/b"]
+)
+def test_what_is_no_scaler(scaler):
+    assert refusal(RunSpec, scaler=scaler) == (
+        f"scaler: {scaler!r} is not accepted: give standard, zero_one, identity, or MEANS/DEVIATIONS of the pixels in "
+        "0..255, such as 33.3/78.6 or 125,123,114/63,62,67."
+    )
+
+
+@pytest.mark.parametrize("scaler", ["256/1", "-1/3", "5/0", "5/256"])
+def test_scalers_are_of_pixels(scaler):
+    assert "pixels are in 0..255" in refusal(RunSpec, scaler=scaler)
 
 
 @pytest.mark.parametrize("objective", ["val_loss", "val_error"])

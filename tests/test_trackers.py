@@ -139,6 +139,20 @@ def test_weight_alignment_of_a_rule_that_feeds_back_the_target():
     torch.testing.assert_close(values["layer.2"], -torch.ones(1, dtype=torch.float64))
 
 
+def test_weight_alignment_is_that_of_the_backward_weights_where_a_rule_has_them():
+    class Mine(DirectFeedbackAlignment):
+        has_feedback = False
+
+        def backward_weights(self, network, layer):
+            return -3 * layer.weight if layer.index == 1 else None
+
+    network = Network.build(Structure(6, (5, 7), 3), [0, 1], None, torch.float64)
+    rule = Mine(Mine.Options(), Problem("classification", "sigmoid"))
+    values = WeightAlignment().measure(Probe(network, rule, cross_entropy, torch.empty(0), torch.empty(0)))
+    assert list(values) == ["layer.1"]
+    torch.testing.assert_close(values["layer.1"], -torch.ones(2, dtype=torch.float64))
+
+
 def test_weight_alignment_needs_feedback():
     assert WeightAlignment().measure(probe("bp")[0]) == {}
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from bpf.algorithms.bp import Backpropagation
 from bpf.data import cache
 from bpf.data.subsets import subset
+from bpf.errors import UsageError
 from bpf.experiment.plugins import load_rules
 from bpf.nn import optim
 from bpf.nn.layer import Structure
@@ -594,6 +595,19 @@ def test_the_best_epoch_is_the_objectives_and_its_weights_are_tested(objective, 
     assert record.test["loss"] != pytest.approx(recomputed(24, plain.test)["loss"], rel=1e-3)
 
 
+def test_the_last_network_is_kept_where_that_is_asked_for(digits):
+    run = spec(lr=0.1, epochs=25, batch_norm=True, batch_size=50, seed=1, keep="last", objective="val_loss")
+    best = train([run.model_copy(update={"keep": "best"})], digits).records[0]
+    trained = train([run], digits, keep_final=True)
+    record = trained.records[0]
+    assert best.best_epoch < 25, "the last epoch is the best: the test shows nothing"
+    assert record.history == best.history
+    assert record.best_epoch == 25
+    assert record.objective == record.val["loss"] == record.history["val_loss"][-1]
+    kept = trained.state()["left"][0]
+    assert all(torch.equal(kept["best"][name], tensor) for name, tensor in kept["network"].items())
+
+
 @pytest.mark.parametrize("objective", ["loss", "val_loss"])
 def test_the_test_set_influences_nothing_but_the_test_scores(objective, digits):
     specs = stopping(objective=objective)
@@ -799,6 +813,21 @@ def test_the_feed_scales_pixels_and_makes_targets(scaler, low, high, digits):
     which = torch.tensor([1, 0, 1])
     for own, each in zip(feed.batch(feed.train, rows), feed.batch(feed.train, rows, which=which), strict=True):
         assert torch.equal(own[which], each)
+
+
+def test_the_feed_subtracts_means_and_divides_by_deviations_of_channels():
+    pixels = torch.arange(2 * 3 * 4, dtype=torch.uint8).view(2, 3, 2, 2)
+    labels = torch.tensor([0, 1])
+    data = cache.Data("mine", pixels, labels, pixels, labels, ["a", "b"])
+    run = spec(scaler="10,20,30/2,4,8", examples_frac=1, val_frac=0, objective="loss")
+    feed = Feed(data, run, torch.device("cpu"), torch.float64)
+    inputs, _, _ = feed.batch(feed.test, torch.tensor([[1, 0]]))
+    means, deviations = torch.tensor([10.0, 20, 30]).view(3, 1, 1), torch.tensor([2.0, 4, 8]).view(3, 1, 1)
+    torch.testing.assert_close(inputs[0], ((pixels.flip(0) - means) / deviations).flatten(1).double())
+    one = Feed(data, run.model_copy(update={"scaler": "10/2"}), torch.device("cpu"), torch.float64)
+    torch.testing.assert_close(one.batch(one.test, torch.tensor([[0, 1]]))[0][0], (pixels.flatten(1).double() - 10) / 2)
+    with pytest.raises(UsageError, match=r"scaler 1,2/3,4: it is for 2 channels, and these images have 3\."):
+        Feed(data, run.model_copy(update={"scaler": "1,2/3,4"}), torch.device("cpu"))
 
 
 def test_a_seed_gives_the_same_numbers_twice_and_another_gives_others(digits):

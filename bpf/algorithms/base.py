@@ -171,6 +171,13 @@ class Algorithm:
         """
         return network.logits(inputs)
 
+    def backward_weights(self, network: Network, layer: Layer) -> Tensor | None:
+        """What takes an error back through `layer` in place of its weight, [runs, out, in], for trackers to compare.
+
+        None, unless a rule has such weights: backpropagation has the weight itself, and other rules have none.
+        """
+        return None
+
 
 class ProjectionRule(Algorithm):
     """A rule whose hidden error is `δh = t F^T`, injected after the activation and before dropout.

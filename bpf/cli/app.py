@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bpf import __version__
-from bpf.cli import listing, models, plugin, training, viewing
+from bpf.cli import listing, models, plugin, published, training, viewing
 from bpf.console.screen import tell
 from bpf.errors import BpfError, UsageError
 from bpf.interrupts import NOTHING_BEGUN, interruptible
@@ -42,7 +42,7 @@ def _bpf(
 
 
 GROUPS = {
-    "Train": training.COMMANDS,
+    "Train": (*training.COMMANDS, *published.COMMANDS),
     "Look at what came out": viewing.COMMANDS,
     "Use a model": models.COMMANDS,
     "List what there is": listing.COMMANDS,
@@ -56,7 +56,7 @@ for panel, commands in GROUPS.items():
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 a mistake in the request, 130 interrupted, 141 unread."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")]
-    trains = bool(words) and words[0] in {command.__name__ for command in training.COMMANDS}
+    trains = bool(words) and words[0] in {command.__name__ for command in GROUPS["Train"]}
     with interruptible(lambda: NOTHING_BEGUN, at_once=True) if trains else nullcontext():
         _main(arguments)
 

@@ -14,7 +14,7 @@ from bpf.spec.run import RunSpec, Settings
 from bpf.spec.values import is_number
 
 PANELS = {
-    "Task": ("dataset", "algorithm", "problem_type", "objective", "options", "allow_unstable"),
+    "Task": ("dataset", "algorithm", "problem_type", "objective", "keep", "options", "allow_unstable"),
     "Network": ("arch", "activation", "batch_norm", "use_bias", "bw_init", "init", "dropout", "input_dropout"),
     "Optimisation": (
         "optimizer",

@@ -121,6 +121,8 @@ def _stored(experiment: "Experiment") -> Iterator[None]:
 
 
 def show_ranking(experiment: "Experiment", as_json: bool) -> None:
+    if experiment.grid.rows:
+        return show_rows(experiment, as_json)
     from bpf.console import tables
     from bpf.experiment.grid import MAX_CELLS
     from bpf.results import summary
@@ -132,12 +134,29 @@ def show_ranking(experiment: "Experiment", as_json: bool) -> None:
             print_json(ranked_json(ranking.top, experiment.grid.objective))
         else:
             tables.show_results(ranking, experiment.grid.objective, experiment.directory)
-    failed = ranking.counts["failed"]
+    _raise_for(experiment, ranking.counts["failed"])
+
+
+def _raise_for(experiment: "Experiment", failed: int) -> None:
     if failed:
         raise RunError(
             f"{counted(failed, 'cell')} failed: see `bpf status {experiment.directory} --failed`; "
             f"`bpf resume {experiment.directory} --retry-failed` tries again."
         )
+
+
+def show_rows(experiment: "Experiment", as_json: bool) -> None:
+    """The rows of an experiment beside what was published, instead of a ranking of what is not alike."""
+    from bpf.console import tables
+    from bpf.results import published, summary
+
+    with _stored(experiment):
+        found = published.compare(experiment)
+        if as_json:
+            print_json([row.as_json() for row in found])
+        else:
+            tables.show_rows(found, experiment)
+    _raise_for(experiment, summary.status(experiment)["cells"]["failed"])
 
 
 def show_run(experiment: "Experiment", as_json: bool) -> None:

@@ -88,7 +88,7 @@ def tune(
     from bpf.console import tables
     from bpf.experiment import handover
 
-    effort = _effort(workers, None, checkpoint_every, max_hours)
+    effort = effort_of(workers, None, checkpoint_every, max_hours)
     check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
@@ -127,7 +127,7 @@ def train(
     """Train one network; the same command again goes on where it stopped."""
     from bpf import api
 
-    effort = _effort("1", None, checkpoint_every, max_hours)
+    effort = effort_of("1", None, checkpoint_every, max_hours)
     check_targets(notify)
 
     run = build(RunSpec, merge(_read_spec(spec), given), "field" if spec else "option")
@@ -162,7 +162,7 @@ def resume(
     """Go on with an experiment where it stopped (by default the newest unfinished one in runs/)."""
     from bpf import api
 
-    effort = _effort(workers, device, checkpoint_every, max_hours)
+    effort = effort_of(workers, device, checkpoint_every, max_hours)
     check_targets(notify)
     place = place_of(storage, None, None, False)
     experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
@@ -201,7 +201,7 @@ def worker(
     from bpf import api
     from bpf.study.database import Database
 
-    effort, files = _effort("1", device, checkpoint_every, max_hours), None
+    effort, files = effort_of("1", device, checkpoint_every, max_hours), None
     if directory is not None:
         experiment = opened(directory, storage)
         files = experiment.files  # which its database does not know if the directory has been moved
@@ -224,7 +224,7 @@ def _warm_up() -> None:
     processes.warm_up()
 
 
-def _effort(workers: str, device: str | None, checkpoint_every: float, max_hours: float | None) -> "Effort":
+def effort_of(workers: str, device: str | None, checkpoint_every: float, max_hours: float | None) -> "Effort":
     from bpf.api import Effort
 
     if workers != "auto" and not (re.fullmatch("[0-9]+", workers) and 1 <= int(workers) <= MAX_WORKERS):

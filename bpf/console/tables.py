@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bpf.console.screen import one_line, out, say
+from bpf.results import published
 from bpf.spec.grid import GridSpec
 from bpf.study.cells import Row
 from bpf.study.ranking import Ranked, tracking_share
@@ -17,8 +18,10 @@ from bpf.words import SHORT, counted, describe, duration, number, percent, plus_
 
 if TYPE_CHECKING:
     from bpf.api import Planned
+    from bpf.experiment.directory import Experiment
     from bpf.experiment.further import Further
     from bpf.experiment.handover import Taken
+    from bpf.results.published import Comparison
     from bpf.results.summary import Ranking
 
 LONG_SECONDS = 60.0
@@ -128,6 +131,19 @@ def show_best_per(ranked: Sequence[Ranked], names: Sequence[str], varying: Colle
         say(f"{_spread(ranked)}.")
     else:
         say("No complete cell yet.")
+
+
+def show_rows(found: "Sequence[Comparison]", experiment: "Experiment") -> None:
+    """Rows beside what was published for them, and what their sources leave open."""
+    table = Table(title="Published and ours", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in published.HEAD:
+        table.add_column(name, justify="left" if name in ("row", "std of") else "right", overflow="fold")
+    for line in published.lines(found):
+        table.add_row(*line)
+    out.print(table)
+    for note in published.notes(experiment.grid, found):
+        say(note)
+    say(f"Sources, and what they leave open: bpf report {quote(str(experiment.directory))}")
 
 
 def _spread(ranked: Sequence[Ranked]) -> str:

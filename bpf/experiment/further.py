@@ -30,9 +30,10 @@ class Further:
 def further(experiment: Experiment, study: StudyView, winners: Sequence[Ranked]) -> Further:
     """Where the best cell of each rule lies at an edge. A rule with cells that are not finished has no winner yet.
 
-    In a grid that took its learning rates from an earlier phase only what regularises counts: the rest needs rates.
+    Rows have no edges: their settings are somebody else's. In a grid that took its learning rates from an earlier phase
+    only what regularises counts: the rest needs rates.
     """
-    if experiment.kind != "tune":
+    if experiment.kind != "tune" or experiment.grid.rows:
         return Further()
     unfinished = {tally.rule for tally in study.tally() if tally.state in OPEN}
     ended = [winner for winner in winners if winner.row.rule not in unfinished]

@@ -3,16 +3,15 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
-
-from bpf.errors import UsageError, did_you_mean
+from bpf.errors import UsageError
+from bpf.experiment.suiting import check_option_names, check_problem, option_values, options, short_reason, unsuitable
 from bpf.spec.fields import choices
 from bpf.spec.grid import REGULARISATION, TUNABLE, GridSpec
+from bpf.spec.rows import Row
 from bpf.spec.run import NEWER, RunSpec, digest, work
-from bpf.spec.values import BOUNDED_ACTIVATIONS
 from bpf.study.cells import Axis, Cell, Value
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_CELLS = 1_000_000
 SKEW = "skew"
+ROW = "row"
 PER_RUN = frozenset({"lr", "bw_init", "dropout", "weight_decay", "seed"})
 """What the runs of a cohort may differ in."""
 NO_SETUP = frozenset({"lr", *REGULARISATION})
@@ -60,13 +60,13 @@ class Grid:
 
 def check_run(run: RunSpec, rule: "type[Algorithm]") -> None:
     """Raise UsageError if `rule` cannot do `run`, saying which fields and what would work."""
-    _check_problem(run.algorithm, rule, run.problem_type)
+    check_problem(run.algorithm, rule, run.problem_type)
     for name in ("activation", "init"):
-        reason = _unsuitable(run.algorithm, rule, name, getattr(run, name), run.allow_unstable)
+        reason = unsuitable(run.algorithm, rule, name, getattr(run, name), run.allow_unstable)
         if reason:
             raise UsageError(reason)
-    _check_option_names(run.options, {run.algorithm: rule})
-    _options(rule, run.algorithm, run.rule_options())
+    check_option_names(run.options, {run.algorithm: rule})
+    options(rule, run.algorithm, run.rule_options())
 
 
 def expand(grid: GridSpec, rules: Rules) -> Grid:
@@ -76,12 +76,47 @@ def expand(grid: GridSpec, rules: Rules) -> Grid:
     options, for more than a million cells, for learning rates that must be taken from an earlier phase first, and
     (`Holes`) if they leave holes in the grid.
     """
+    return _rows(grid, rules) if grid.rows else _expand(grid, rules)
+
+
+def _rows(grid: GridSpec, rules: Rules) -> Grid:
+    """The cells of all rows. Their only parameter is `row`: its name, with what it tunes, such as `dfa: lr=0.01`."""
+    plan = Grid()
+    keys: dict[str, str] = {}
+    names: dict[str, list[Value]] = {}
+    for name, each in grid.grids().items():
+        try:
+            part = _expand(each, rules)
+        except UsageError as error:
+            raise UsageError(f"Row {name}: {error}") from None
+        [(rule, axes)] = part.axes.items()
+        tuned = [axis.name for axis in axes if len(axis.values) > 1]
+        for cell in part.cells:
+            values = " ".join(f"{parameter}={_word(cell.params[parameter])}" for parameter in tuned)
+            row = f"{name}: {values}" if values else name
+            if cell.key in keys:
+                raise UsageError(f"The rows {keys[cell.key]!r} and {row!r} are the same settings. Leave one out.")
+            keys[cell.key] = row
+            names.setdefault(rule, []).append(row)
+            plan.cells.append(replace(cell, params={ROW: row}))
+        plan.left_out += part.left_out
+    plan.axes |= {rule: [Axis(ROW, values)] for rule, values in names.items()}
+    return plan
+
+
+def row_of(params: Mapping[str, Value]) -> tuple[str, str]:
+    """The row that a cell belongs to, and what it tunes in words."""
+    name, _, tuned = str(params.get(ROW, "")).partition(": ")
+    return name, tuned
+
+
+def _expand(grid: GridSpec, rules: Rules) -> Grid:
     _check_rates(grid)
-    _check_option_names(grid.options, rules)
+    check_option_names(grid.options, rules)
     plan = Grid()
     for name in grid.algorithm:
         rule = rules[name]
-        _check_problem(name, rule, grid.problem_type)
+        check_problem(name, rule, grid.problem_type)
         axes, left_out = _axes(grid, name, rule)
         total = math.prod(len(axis.values) for axis in axes)
         if total + len(plan.cells) > MAX_CELLS:
@@ -97,10 +132,17 @@ def resolve_options(grid: GridSpec, rules: Rules) -> GridSpec:
 
     Raises UsageError as `expand` does for options and missing learning rates.
     """
+    if grid.rows:
+        rows = {name: _resolved_row(row, resolve_options(grid.row(name), rules)) for name, row in grid.rows.items()}
+        return grid.model_copy(update={"rows": rows, "options": {}})
     _check_rates(grid)
-    _check_option_names(grid.options, rules)
-    values = {name: _option_values(rules[name], name, grid.options.get(name, {})) for name in grid.algorithm}
+    check_option_names(grid.options, rules)
+    values = {name: option_values(rules[name], name, grid.options.get(name, {})) for name in grid.algorithm}
     return grid.model_copy(update={"options": {name: options for name, options in values.items() if options}})
+
+
+def _resolved_row(row: Row, grid: GridSpec) -> Row:
+    return row.model_copy(update={"settings": {**row.settings, **({"options": grid.options} if grid.options else {})}})
 
 
 def setup(params: Mapping[str, Value]) -> dict[str, Value]:
@@ -158,15 +200,15 @@ def _values(grid: GridSpec, name: str, rule: "type[Algorithm]") -> tuple[dict[st
         given = list(getattr(grid, parameter))
         if parameter in NEWER and given == [RunSpec.model_fields[parameter].default]:
             continue
-        reasons = {v: _unsuitable(name, rule, parameter, v, grid.allow_unstable) for v in given}
+        reasons = {v: unsuitable(name, rule, parameter, v, grid.allow_unstable) for v in given}
         values[parameter] = [v for v in given if not reasons[v]]
         dropped = [v for v in given if reasons[v]]
         if dropped and not values[parameter]:
             raise UsageError(f"Nothing is left of the grid of {name}: {reasons[dropped[0]]}")
         if dropped:
             words = ", ".join(map(str, dropped))
-            refused.append((parameter, len(dropped), f"{parameter} {words}: {_short_reason(name, parameter)}"))
-    for option, candidates in _option_values(rule, name, grid.options.get(name, {})).items():
+            refused.append((parameter, len(dropped), f"{parameter} {words}: {short_reason(name, parameter)}"))
+    for option, candidates in option_values(rule, name, grid.options.get(name, {})).items():
         values[f"{name}.{option}"] = candidates
     return values, refused
 
@@ -280,70 +322,3 @@ def _check_rates(grid: GridSpec) -> None:
             "of each setup from an earlier phase. First run the same command with --objective loss and without "
             "--dropout, then this one with --lr-from DIR, where DIR is the directory of that experiment; or give --lr."
         )
-
-
-def _check_problem(name: str, rule: "type[Algorithm]", problem_type: str) -> None:
-    if problem_type not in rule.problem_types:
-        able = " or ".join(sorted(rule.problem_types))
-        raise UsageError(
-            f"algorithm {name} with problem_type {problem_type}: {name} only does {able}. "
-            f"Use problem_type {able}, or another rule (see `bpf algorithms`)."
-        )
-
-
-def _unsuitable(name: str, rule: "type[Algorithm]", parameter: str, value: Value, allow: bool) -> str:
-    """Why a rule cannot take a value of a parameter, or nothing."""
-    bounded = " or ".join(sorted(BOUNDED_ACTIVATIONS))
-    unbounded = parameter == "activation" and value not in BOUNDED_ACTIVATIONS
-    if unbounded and rule.needs_bounded_activation and not allow:
-        return (
-            f"algorithm {name} with activation {value}: {name} diverges with an activation that is not bounded. "
-            f"Use activation {bounded}, or --allow-unstable to try it all the same."
-        )
-    if parameter == "init" and value == "aligned" and not rule.has_feedback:
-        return (
-            f"algorithm {name} with init aligned: {name} has no feedback matrices to align with. "
-            "Use another init, such as orthogonal."
-        )
-    return ""
-
-
-def _short_reason(name: str, parameter: str) -> str:
-    if parameter == "activation":
-        return f"{name} diverges unless the activation is bounded (--allow-unstable to include them)"
-    return f"{name} has no feedback matrices to align with"
-
-
-def _check_option_names(options: Mapping[str, Any], rules: Rules) -> None:
-    for name in options:
-        if name not in rules:
-            raise UsageError(
-                f"Options are given for the rule {name!r}, which is not in algorithm.{did_you_mean(name, rules)}"
-            )
-
-
-def _option_values(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> dict[str, list[Value]]:
-    """Every option of a rule with its validated candidates, but for one that came `later` and has its default."""
-    defaults = _options(rule, name, {}).model_dump(mode="json")
-    values: dict[str, list[Value]] = {option: [default] for option, default in defaults.items()}
-    for option, raw in given.items():
-        candidates = raw if isinstance(raw, list | tuple) else str(raw).split(",") if isinstance(raw, str) else [raw]
-        validated = [_options(rule, name, {option: v}).model_dump(mode="json")[option] for v in candidates]
-        if len(set(validated)) < len(validated):
-            raise UsageError(f"{name}.{option}: {raw!r} is not accepted: a value is there more than once.")
-        values[option] = validated
-    later = {o for o, field in rule.Options.model_fields.items() if field.json_schema_extra == {"later": True}}
-    return {option: each for option, each in values.items() if option not in later or each != [defaults[option]]}
-
-
-def _options(rule: "type[Algorithm]", name: str, given: Mapping[str, Any]) -> BaseModel:
-    try:
-        return rule.Options.model_validate(dict(given))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = str(problem["loc"][0]) if problem["loc"] else ""
-        if problem["type"] == "extra_forbidden":
-            known = did_you_mean(option, rule.Options.model_fields) or f" {name} has no options."
-            raise UsageError(f"Unknown option {name}.{option}.{known}") from None
-        message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
-        raise UsageError(f"{name}.{option}: {problem['input']!r} is not accepted: {message}.") from None

@@ -23,19 +23,26 @@ def merged(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
 
     Raises UsageError, showing the difference, if they are not those of `old` and more.
     """
-    differences = []
+    differences: list[str] = []
     result: dict[str, Any] = {}
+    if old.rows and new.rows:
+        changed = [name for name, row in new.rows.items() if old.rows.get(name, row).settings != row.settings]
+        differences += [f"  rows: {name}: {_settings(old, name)} there, {_settings(new, name)} now" for name in changed]
+        new = new.with_rows({**old.rows, **new.rows})
+    grows = MAY_GROW - {"epochs"} if old.rows else MAY_GROW
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for name in dict.fromkeys([*before, *after]):
         was, now = before.get(name, []), after.get(name, [])
-        if name == "lr_from":
+        if name == "rows" and old.rows and new.rows:
+            result[name] = now
+        elif name == "lr_from":
             result[name] = [*was, *(rate for rate in now if rate not in was)]
             differences += _changed_rates(was, now)
         elif name in TUNABLE and set(was) <= set(now):
             result[name] = [*was, *(value for value in now if value not in was)]
         elif name == "options" and (grown := _grown_options(was, now)) is not None:
             result[name] = grown
-        elif was == now or name in FREE_TO_CHANGE or (name in MAY_GROW and now > was):
+        elif was == now or name in FREE_TO_CHANGE or (name in grows and now > was):
             result[name] = now
             if name == "epochs" and was != now and (fixed := [s for s in old.schedule if needs_end(s)]):
                 differences.append(f"  epochs: {was} there, {now} now, and the schedule {fixed[0]} ends with them")
@@ -55,9 +62,17 @@ def merged(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
 
 def stored_grid(spec: Mapping[str, Any]) -> GridSpec:
     """A grid spec as it was written down, in `experiment.yaml` or in the database. Raises UsageError."""
-    # an imbalance factor that means nothing is written, too, and a spec refuses it
+    return build(GridSpec, _readable(spec))
+
+
+def _readable(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Without an imbalance factor that means nothing, which is written, too, and which a spec refuses."""
     skewed = spec.get("skew_type") != ["none"]
-    return build(GridSpec, {name: value for name, value in spec.items() if name != "imbalance_factor" or skewed})
+    return {name: value for name, value in spec.items() if name != "imbalance_factor" or skewed}
+
+
+def _settings(grid: GridSpec, row: str) -> str:
+    return " ".join(f"{name}={_show(value)}" for name, value in grid.rows[row].settings.items())
 
 
 def _changed_rates(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

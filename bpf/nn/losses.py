@@ -60,7 +60,7 @@ def squash_for(problem_type: str, scaler: str) -> str:
     """The squashing function whose range is the targets': one-hot labels or scaled pixels."""
     if problem_type == "classification":
         return "sigmoid"
-    return {"standard": "tanh", "zero_one": "sigmoid", "identity": "identity"}[scaler]
+    return {"standard": "tanh", "zero_one": "sigmoid"}.get(scaler, "identity")
 
 
 def output_loss(name: str, squash: str) -> Loss:

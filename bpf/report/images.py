@@ -9,13 +9,13 @@ import numpy.typing as npt
 import torch
 
 from bpf.data.cache import load
+from bpf.data.scaling import scaling
 from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment
 from bpf.experiment.places import model_path
 from bpf.nn.losses import predict, squash_for
 from bpf.results import models
 from bpf.study.cells import Row
-from bpf.training.feed import SCALES
 
 SHOWN = 8
 
@@ -49,8 +49,9 @@ def reconstruct(experiment: Experiment, best: Iterable[Row]) -> Reconstructions:
             continue
         spec = model.spec
         squash = "sigmoid" if spec.resolved_loss == "bce" else squash_for(spec.problem_type, spec.scaler)
-        offset, factor = SCALES[spec.scaler]
-        pixels = predict(model.module()(images), squash).div(factor).add(offset).view(images.shape)
+        output = predict(model.module()(images), squash)
+        offset, factor = scaling(spec.scaler, model.shape, output.dtype)
+        pixels = output.div(factor).add(offset).view(images.shape)
         by_rule[row.rule] = [_shown(image) for image in pixels]
     return Reconstructions([_shown(image) for image in images], by_rule, missing)
 

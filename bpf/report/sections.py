@@ -10,6 +10,7 @@ def sections(block: Block) -> Iterator[Section]:
     """All sections that apply, one after the other, so that a page never holds more than it must."""
     makers: tuple[Callable[[Block], Section | None], ...] = (
         text_sections.run,
+        text_sections.rows,
         text_sections.ranking,
         text_sections.pairs,
         figure_sections.learning_curves,

@@ -11,7 +11,7 @@ from bpf.errors import BpfError
 from bpf.experiment.grid import expand
 from bpf.report import comparing, tables
 from bpf.report.block import SCORES, Block, Section, Table
-from bpf.results import summary
+from bpf.results import published, summary
 from bpf.study.ranking import Ranked
 from bpf.words import counted, describe, duration, percent, plus_minus, word
 
@@ -79,6 +79,33 @@ def _ranked(block: Block, ranked: Sequence[Ranked], note: str) -> Table:
         shown = plus_minus(block.objective, one.objective)
         lines.append([str(place), one.row.rule, shown, *scores, "–".join(map(str, epochs)), params or "–"])
     return Table(head, lines, note, words=(1, len(head) - 1))
+
+
+def rows(block: Block) -> Section | None:
+    """Rows beside what was published for them, their settings and their sources."""
+    grid = block.experiment.grid
+    if not grid.rows:
+        return None
+    found = published.compared(grid, block.rows)
+    table = Table(list(published.HEAD), published.lines(found), words=(0, len(published.HEAD) - 1))
+    sources = []
+    for one in found:
+        settings = " ".join(f"{name}={word(value)}" for name, value in _told(grid.rows[one.row].settings))
+        of = one.published
+        read = "–" if of is None else f"{of.source} ({of.read_in}{f', {of.epoch} epoch' if of.epoch else ''})"
+        sources.append([one.row, settings, read, " · ".join(one.choices) or "–"])
+    head = ["row", "settings", "published in", "left open there, chosen here"]
+    known = Table(head, sources, "Settings on top of those that all rows share (How it was made).", words=range(4))
+    return Section("rows", "Published and ours", published.notes(grid, found), [table, known])
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings in words: the options of a rule one by one."""
+    for name, value in settings.items():
+        if name != "options":
+            yield name, ", ".join(map(word, value)) if isinstance(value, list | tuple) else value
+    for rule, options in settings.get("options", {}).items():
+        yield from ((f"{rule}.{name}", ", ".join(map(word, values))) for name, values in options.items())
 
 
 def pairs(block: Block) -> Section | None:
@@ -179,7 +206,7 @@ def _memory(block: Block) -> Iterator[Table]:
     for one in block.best:
         with suppress(BpfError):
             found = memory.of_cell(block.experiment, one.row)
-            structure = describe({name: one.row.chosen[name] for name in ("arch", "batch_norm")})
+            structure = describe({name: one.row.spec[name] for name in ("arch", "batch_norm")})
             counts = f"{found.parameters:,}", _size(found.kept), _size(found.step)
             lines.append([one.row.rule, structure, *counts])
     if lines:

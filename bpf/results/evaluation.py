@@ -13,6 +13,7 @@ from torch import Tensor
 from bpf.data.base import Images
 from bpf.data.cache import Data, load, open_dataset
 from bpf.data.images import EXTENSIONS, decode
+from bpf.data.scaling import scaling
 from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment.file import read as read_experiment
 from bpf.experiment.grid import as_grid, expand
@@ -24,7 +25,7 @@ from bpf.registry import ALGORITHMS, Registry
 from bpf.results.models import Model, read
 from bpf.spec.grid import TUNABLE
 from bpf.spec.run import RunSpec
-from bpf.training.feed import SCALES, Feed
+from bpf.training.feed import Feed
 from bpf.training.steps import EVALUATION_ROWS
 
 PARTS = ("test", "val", "train")
@@ -296,7 +297,7 @@ def _shape(file: Path) -> tuple[int, int, int]:
 
 def _pixels(model: Model, logits: Tensor) -> Images:
     """Reconstructions as images, uint8 [N, C, H, W]: the output, squashed and scaled back."""
-    offset, factor = SCALES[model.spec.scaler]
+    offset, factor = scaling(model.spec.scaler, model.shape, logits.dtype)
     output = squashed(logits, squash_for(model.spec.problem_type, model.spec.scaler)) / factor + offset
     images: Images = output.round().clamp(0, 255).nan_to_num().byte().view(-1, *model.shape).numpy()
     return images

@@ -22,6 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from bpf.algorithms import Algorithm
+from bpf.data.scaling import scaling
 from bpf.errors import UsageError
 from bpf.experiment.places import model_path, unexpanded
 from bpf.files import check_output, is_dir, is_file, write_atomically
@@ -29,7 +30,6 @@ from bpf.nn.activations import LEAKY_SLOPE
 from bpf.nn.network import OWN_NAME
 from bpf.results.stages import Linear, Norm, Pixels, Prediction, Stage
 from bpf.spec.run import RunSpec
-from bpf.training.feed import SCALES
 
 FORMAT = "bpf-model-1"
 _TOLD = ("spec", "shape", "classes")
@@ -102,8 +102,10 @@ class Model:
 
     def module(self) -> nn.Sequential:
         """The network as `load` gives it."""
-        offset, factor = SCALES[self.spec.scaler]
-        stages: dict[str, nn.Module] = {"pixels": Pixels(offset, factor, self.tensors["weight.0"].dtype, self.shape)}
+        dtype = self.tensors["weight.0"].dtype
+        stages: dict[str, nn.Module] = {
+            "pixels": Pixels(scaling(self.spec.scaler, self.shape, dtype), dtype, self.shape)
+        }
         last = len(self.spec.widths)
         if self.own.predicts:
             stages["prediction"] = Prediction(self.spec, self.shape, len(self.classes), self.tensors)

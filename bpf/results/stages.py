@@ -21,9 +21,12 @@ class Stage(nn.Module):
 class Pixels(Stage):
     """[N, C, H, W] in 0..255 -> [N, pixels] as `Feed.batch` scales them. Only images of `shape` are taken."""
 
-    def __init__(self, offset: float, factor: float, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, scale: tuple[Tensor | float, Tensor | float], dtype: torch.dtype, shape: tuple[int, int, int]
+    ) -> None:
         super().__init__()
-        self.offset, self.factor, self.dtype, self.shape = offset, factor, dtype, shape
+        self.offset, self.factor = (nn.Buffer(end) if isinstance(end, Tensor) else end for end in scale)
+        self.dtype, self.shape = dtype, shape
         self.wanted = f"This network takes images of shape [N, C, H, W] = [N, {', '.join(map(str, shape))}]."
 
     def forward(self, images: Tensor) -> Tensor:

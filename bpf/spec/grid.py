@@ -8,10 +8,12 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 
+from bpf.spec.rows import COMMON, Row, Rows
 from bpf.spec.run import RunSpec, Settings
 from bpf.spec.values import (
     DEFAULT_IMBALANCE_FACTOR,
@@ -34,6 +36,7 @@ from bpf.spec.values import (
     check_factor,
     distinct,
     many,
+    one_or_many,
 )
 
 
@@ -53,6 +56,17 @@ REGULARISATION = ("dropout", "weight_decay")
 """What the objectives on held-out examples tune, with the learning rate of an earlier phase."""
 DROPOUTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 """What these objectives try if nothing is said; none is the control."""
+
+
+_OWN_DEFAULTS = ("algorithm", "skew_type", "imbalance_factor")
+"""Tunable fields whose default here is no list of several values."""
+
+
+def _rules_of(rows: Any) -> list[Any]:
+    """The rules that rows name, as far as they can be read before they are validated."""
+    found = [row.get("settings") if isinstance(row, Mapping) else None for row in rows.values()]
+    named = [settings.get("algorithm") for settings in found if isinstance(settings, Mapping)]
+    return list(dict.fromkeys(rule for rule in named if isinstance(rule, str)))
 
 
 def _rates(value: Any) -> Any:
@@ -95,17 +109,29 @@ class GridSpec(Settings):
         description="Instead of lr, for val_* objectives: the learning rate of each setup, as `bpf tune --lr-from` "
         "takes them from an earlier phase and writes them down.",
     )
+    rows: Rows = Field(
+        default_factory=dict,
+        description="Named settings in place of one grid: each row is the grid of its settings on top of the others, "
+        "of one rule. What is stated nowhere is not tuned, and has the default of `bpf train`.",
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _default_dropout(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("rows") and isinstance(values["rows"], Mapping):
+            single = {name: RunSpec.model_fields[name].default for name in TUNABLE if name not in _OWN_DEFAULTS}
+            rules = _rules_of(values["rows"])
+            given = values.get("algorithm")
+            if given and rules and set(one_or_many(given)) != set(rules):
+                raise ValueError("algorithm beside rows: each row states its own. Leave algorithm out.")
+            return {**single, **values, **({"algorithm": rules} if rules else {})}
         if isinstance(values, dict) and str(values.get("objective", "")).startswith("val_"):
             return {"dropout": DROPOUTS, **values}
         return values
 
     @model_validator(mode="after")
     def _grid_agrees(self) -> Self:
-        check_dropout(self.objective, self.dropout)
+        check_dropout(self.objective, self.keep, self.dropout)
         check_factor(self.skew_type, "imbalance_factor" in self.model_fields_set)
         if self.seed + self.executions_per_trial > MAX_SEED:
             raise ValueError(
@@ -113,6 +139,7 @@ class GridSpec(Settings):
                 f"from seed on, which must stay below {MAX_SEED}. Use a smaller seed."
             )
         self._check_rates()
+        self._check_rows()
         return self
 
     def _check_rates(self) -> None:
@@ -129,6 +156,46 @@ class GridSpec(Settings):
         if len(setups) < len(self.lr_from):
             raise ValueError("lr_from: a setup has more than one learning rate.")
 
+    def _check_rows(self) -> None:
+        if self.rows and self.lr_from:
+            raise ValueError("rows with lr_from: each row states its own learning rates. Leave one out.")
+        for name, row in self.rows.items():
+            if set(name) & set(":,*?"):
+                raise ValueError(f"rows: {name!r}: a row's name has no colon, comma or wildcard.")
+            if several := sorted(COMMON & row.settings.keys()):
+                raise ValueError(f"rows: {name}: {several[0]} is one for all rows. State it beside rows.")
+            try:
+                algorithm = self.row(name).algorithm
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                at = ".".join(map(str, first["loc"]))
+                message = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "it must be")
+                message = "there is no such field" if first["type"] == "extra_forbidden" else message
+                raise ValueError(f"rows: {name}: {at + ': ' if at else ''}{message}") from None
+            if len(algorithm) != 1:
+                raise ValueError(f"rows: {name}: a row is of one rule. Make a row for each algorithm.")
+
+    def row(self, name: str) -> "GridSpec":
+        """The grid that a row is. Raises KeyError, and ValidationError for settings that are none."""
+        common = self.model_dump(exclude={"rows", "lr_from", "options", "imbalance_factor"}, mode="json")
+        if self.skew_type != ("none",):
+            common["imbalance_factor"] = self.imbalance_factor
+        settings = dict(self.rows[name].settings)
+        options = settings.pop("options", {})
+        algorithm = settings.get("algorithm", common["algorithm"])
+        known = algorithm if isinstance(algorithm, list | tuple) else [algorithm]
+        shared = {rule: given for rule, given in self.options.items() if rule in known}
+        return GridSpec.model_validate({**common, "options": shared | options, **settings})
+
+    def with_rows(self, rows: Mapping[str, Row]) -> "GridSpec":
+        """The same with other rows."""
+        rules = tuple(dict.fromkeys(str(row.settings["algorithm"]) for row in rows.values()))
+        return self.model_copy(update={"rows": dict(rows), "algorithm": rules})
+
+    def grids(self) -> "dict[str, GridSpec]":
+        """The grids that it consists of: that of each row, or itself."""
+        return {name: self.row(name) for name in self.rows} or {"": self}
+
     @property
     def awaits_rates(self) -> bool:
         """Whether learning rates must be taken from an earlier phase before there can be a plan."""
@@ -139,6 +206,8 @@ class GridSpec(Settings):
         """Either `lr` or `lr_from`, so that what is written down says what holds."""
         fields: dict[str, Any] = dump(self)
         fields.pop("lr" if self.lr_from else "lr_from", None)
+        if not self.rows:
+            fields.pop("rows", None)
         return fields
 
 

@@ -26,12 +26,12 @@ from bpf.spec.values import (
     ForwardInit,
     Frozen,
     ImbalanceFactor,
+    KeepName,
     LearningRate,
     LossName,
     MatmulPrecision,
     ObjectiveName,
     OptimizerName,
-    ScalerName,
     Schedule,
     SkewType,
     WeightDecay,
@@ -41,6 +41,7 @@ from bpf.spec.values import (
     check_factor,
     check_interval,
     check_options,
+    check_scaler,
     distinct,
     none_or_many,
 )
@@ -50,7 +51,7 @@ def _is_number(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(re.search(r"\b(int|float)\b", str(model.model_fields[name].annotation)))
 
 
-NEWER = ("matmul_precision", "schedule", "clip", "shuffle", "input_dropout", "flip", "crop")
+NEWER = ("matmul_precision", "schedule", "clip", "shuffle", "input_dropout", "flip", "crop", "keep")
 """Fields that no identity and no cell names at their defaults, as it was before there was a choice."""
 
 
@@ -69,6 +70,11 @@ class Settings(Frozen):
         description="What is minimised; val_* are measured on the held-out split of the training set. "
         "The test set never selects.",
     )
+    keep: KeepName = Field(
+        "best",
+        description="Which network an execution keeps and tests: that of its best epoch by the objective, or its last "
+        "one.",
+    )
     epochs: int = Field(300, ge=1, le=MAX_EPOCHS, description="Passes over the training part.")
     examples_frac: float = Field(
         0.5, ge=0, le=1, description="Stratified fraction of the training set that is used; 0 and 1 mean all."
@@ -79,7 +85,11 @@ class Settings(Frozen):
     output_loss: Literal["auto", LossName] = Field(
         "auto", description="Loss of the output layer; auto is ce for classification, mse for reconstruction."
     )
-    scaler: ScalerName = Field("standard", description="Pixel values: [-1, 1], [0, 1], or 0..255 as they are.")
+    scaler: Annotated[str, AfterValidator(check_scaler)] = Field(
+        "standard",
+        description="Pixel values: standard [-1, 1], zero_one [0, 1], identity 0..255 as they are, or "
+        "MEANS/DEVIATIONS of these for one or each channel, such as 125,123,114/63,62,67.",
+    )
     use_bias: bool = Field(True, description="Whether layers have biases.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and nag; the others ignore it.")
     shuffle: bool = Field(
@@ -198,6 +208,11 @@ class Settings(Frozen):
                 f"objective {self.objective} with val_frac 0: there is no validation split to measure. "
                 "Give val_frac, such as 0.1."
             )
+        if self.keep == "last" and self.early_stopping:
+            raise ValueError(
+                f"keep last with early_stopping {self.early_stopping}: an execution that stops early does so for the "
+                "sake of its best epoch. Leave one of them out."
+            )
         return self
 
 
@@ -237,7 +252,7 @@ class RunSpec(Settings):
 
     @model_validator(mode="after")
     def _run_agrees(self) -> Self:
-        check_dropout(self.objective, [self.dropout])
+        check_dropout(self.objective, self.keep, [self.dropout])
         check_factor([self.skew_type], self.imbalance_factor is not None)
         return self
 

@@ -40,3 +40,15 @@ def factor(schedule: str, epoch: int, epochs: int) -> float:
     if schedule == "constant":
         return 1.0
     return float(found["factor"]) ** sum(int(after) <= epoch for after in found["epochs"].split("-"))
+
+
+def scaled(schedule: str, factor: float) -> str:
+    """The same schedule for so many times the epochs; what falls together there becomes one step."""
+    found = _PATTERN.fullmatch(schedule)
+    assert found is not None, schedule
+    if found["start"]:
+        return f"linear@{round(int(found['start']) * factor)}"
+    if found["epochs"]:
+        moved = {max(1, round(int(epoch) * factor)) for epoch in found["epochs"].split("-")}
+        return f"{found['factor']}@{'-'.join(map(str, sorted(moved)))}"
+    return schedule

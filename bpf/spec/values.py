@@ -1,5 +1,6 @@
 """The values that settings take: words, numbers in their ranges, lists of them, and how they may be written."""
 
+import itertools
 import math
 import re
 import typing
@@ -15,9 +16,11 @@ ForwardInit = Literal["orthogonal", "torch", "zeros", "aligned", "he_uniform", "
 OptimizerName = Literal["adam", "adamw", "sgd", "nag", "rmsprop"]
 SkewType = Literal["none", "long_tailed", "step"]
 ObjectiveName = Literal["loss", "error", "val_loss", "val_error"]
+KeepName = Literal["best", "last"]
 LossName = Literal["ce", "bce", "mse"]
 MatmulPrecision = Literal["highest", "high"]
 ScalerName = Literal["standard", "zero_one", "identity"]
+"""Or MEANS/DEVIATIONS, see `check_scaler`."""
 
 BOUNDED_ACTIVATIONS = frozenset({"tanh", "sigmoid"})
 DEFAULT_IMBALANCE_FACTOR = 10.0
@@ -52,6 +55,29 @@ def check_interval(value: Any) -> str:
 def check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:N)?(,cuda:N)*".replace("N", "(0|[1-9][0-9]?)"), value):
         raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
+    return value
+
+
+def channel_numbers(scaler: str) -> tuple[list[float], list[float]]:
+    """The means and deviations that a scaler of numbers states, one for each channel or one for all."""
+    means, _, deviations = scaler.partition("/")
+    return [float(number) for number in means.split(",")], [float(number) for number in deviations.split(",")]
+
+
+def check_scaler(value: str) -> str:
+    """A name, or means and standard deviations of pixel values in 0..255: `33.3/78.6`, `125,123,114/63,62,67`."""
+    if value in typing.get_args(ScalerName):
+        return value
+    parts = [part.split(",") for part in value.split("/")]
+    numbers = len(parts) == 2 and all(map(is_number, itertools.chain(*parts)))
+    if not numbers or len(parts[0]) != len(parts[1]):
+        raise ValueError(
+            f"give {', '.join(typing.get_args(ScalerName))}, or MEANS/DEVIATIONS of the pixels in 0..255, "
+            "such as 33.3/78.6 or 125,123,114/63,62,67"
+        )
+    means, deviations = channel_numbers(value)
+    if not (all(0 <= mean <= 255 for mean in means) and all(0 < deviation <= 255 for deviation in deviations)):
+        raise ValueError("pixels are in 0..255, and so are their means and deviations, which are not 0")
     return value
 
 
@@ -121,12 +147,13 @@ ImbalanceFactor = Annotated[float, Field(ge=1, le=10_000)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-def check_dropout(objective: str, rates: typing.Sequence[float]) -> None:
-    if any(rates) and not objective.startswith("val_"):
+def check_dropout(objective: str, keep: str, rates: typing.Sequence[float]) -> None:
+    fixed = keep == "last" and len(rates) == 1  # so that the objective chooses nothing
+    if any(rates) and not fixed and not objective.startswith("val_"):
         raise ValueError(
             f"dropout with objective {objective}: dropout regularises, and a training objective cannot see that, so "
-            "it would have no effect but to make the objective worse. Use objective val_loss or val_error, or leave "
-            "dropout out."
+            "it would have no effect but to make the objective worse. Use objective val_loss or val_error, leave "
+            "dropout out, or fix one rate and keep the last epoch's network (keep last)."
         )
 
 

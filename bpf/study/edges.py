@@ -104,5 +104,7 @@ def _last_epoch(winner: Ranked) -> Iterator[Edge]:
     late, executions = winner.best_epochs.count(epochs), len(winner.best_epochs)
     assert winner.row.result is not None
     whole = all(execution["epochs"] >= epochs for execution in winner.row.result["executions"])
+    if winner.row.spec.get("keep") == "last":
+        return
     if whole and 2 * late > executions and epochs < MAX_EPOCHS:
         yield Edge(winner.row.rule, EPOCHS, epochs, min(2 * epochs, MAX_EPOCHS), late, executions)

@@ -20,23 +20,27 @@ class BpCosine(Tracker):
 
 
 class WeightAlignment(Tracker):
-    """Cosine between a layer's weights and what the feedback matrices would make of them.
+    """Cosine between a layer's weights and the backward weights, or what the feedback matrices would make of them.
 
-    `cos(vec W_k, vec F_k F_{k-1}^T)` for the hidden layers after the first, `cos(vec W_out, vec F^T)` for the
-    output layer with the last hidden layer's F (Refinetti et al. 2021, Align, then memorise). For a rule that feeds
-    back the target instead of the error, such as drtp, it is `cos(vec W_out, vec -F^T)`, since the error p - y has the
-    opposite sign; between hidden layers the two signs cancel. A rule without feedback matrices has no such alignment.
+    `cos(vec W_k, vec B_k)` where a rule has backward weights, such as fa and kp (Akrout et al. 2019 show its angle).
+    With feedback matrices it is `cos(vec W_k, vec F_k F_{k-1}^T)` for the hidden layers after the first,
+    `cos(vec W_out, vec F^T)` for the output layer with the last hidden layer's F (Refinetti et al. 2021, Align, then
+    memorise). For a rule that feeds back the target instead of the error, such as drtp, it is
+    `cos(vec W_out, vec -F^T)`, since the error p - y has the opposite sign; between hidden layers the two signs cancel.
+    Other rules have no such alignment.
     """
 
     def measure(self, probe: Probe) -> dict[str, Tensor]:
         values = {}
         for below, layer in zip(probe.network.layers, probe.network.layers[1:], strict=False):
-            if below.feedback is None:
+            aligned = probe.rule.backward_weights(probe.network, layer)
+            if aligned is None and below.feedback is not None:
+                aligned = below.feedback.mT
+                if layer.feedback is not None:
+                    aligned = torch.bmm(layer.feedback, aligned)
+                elif probe.rule.feeds_target:
+                    aligned = -aligned
+            if aligned is None:
                 continue
-            aligned = below.feedback.mT
-            if layer.feedback is not None:
-                aligned = torch.bmm(layer.feedback, aligned)
-            elif probe.rule.feeds_target:
-                aligned = -aligned
             values[f"layer.{layer.index}"] = cosine(layer.weight, aligned)
         return values

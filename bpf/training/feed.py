@@ -7,11 +7,10 @@ from torch import Tensor
 
 from bpf.data.augmentation import CROP_DRAWS, DRAWS, augment, crop_and_flip
 from bpf.data.cache import Data
+from bpf.data.scaling import scaling
 from bpf.data.subsets import subset
 from bpf.nn.randomness import Draws
 from bpf.spec.run import RunSpec
-
-SCALES = {"standard": (127.5, 1 / 127.5), "zero_one": (0.0, 1 / 255), "identity": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Feed:
         self.val = Part(images, labels, torch.from_numpy(chosen.val).to(device))
         everything = torch.arange(len(data.test_labels), device=device)
         self.test = Part(data.test_images.flatten(1).to(device), data.test_labels.to(device), everything)
+        scale = scaling(spec.scaler, data.shape, dtype)
+        self._offset, self._factor = (end.to(device) if isinstance(end, Tensor) else end for end in scale)
         self._crops = bool(spec.crop or spec.flip)
         self._augments = any((spec.brightness, spec.rotation, spec.zoom, spec.translation))
 
@@ -73,8 +74,7 @@ class Feed:
         pixels = part.images.index_select(0, flat).view(*rows.shape, -1).to(self._dtype)
         if draws is not None and (self._crops or self._augments):
             pixels = self._augmented(pixels.view(*rows.shape, *self._shape), draws).flatten(2)
-        offset, factor = SCALES[self._spec.scaler]
-        inputs = pixels.sub_(offset).mul_(factor)
+        inputs = pixels.sub_(self._offset).mul_(self._factor)
         labels = part.labels.index_select(0, flat).view(rows.shape)
         if which is not None:
             inputs, labels = inputs.index_select(0, which), labels.index_select(0, which)

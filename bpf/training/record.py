@@ -16,10 +16,10 @@ class Record:
     """What is known of one run.
 
     `status` is running, complete or diverged; losses are means per example, errors
-    fractions of wrong predictions (None in reconstruction). `train`, `val` and `test` are those of the best epoch,
-    counted from 1; `history` has one entry per epoch. `tracked` has one entry per measurement of the trackers, with the
-    `step` and the `epoch` (a fraction, 0 before training) that they were taken at; they took `tracking_seconds` of
-    `seconds`.
+    fractions of wrong predictions (None in reconstruction). `train`, `val` and `test` are those of `best_epoch`,
+    counted from 1, whose network is kept (with `keep` last it is the last one); `history` has one entry per epoch.
+    `tracked` has one entry per measurement of the trackers, with the `step` and the `epoch` (a fraction, 0 before
+    training) that they were taken at; they took `tracking_seconds` of `seconds`.
     """
 
     seed: int
@@ -42,12 +42,12 @@ class Record:
             self.history.setdefault(name, []).append(value)
 
     def judge(self, spec: RunSpec, sound: bool) -> tuple[bool, bool]:
-        """Whether the objective of the epoch that was logged last is the best so far, and whether the run leaves."""
+        """Whether the network of the epoch that was logged last is the one to keep, and whether the run leaves."""
         if not sound:
             self.status = "diverged"
             return False, True
         value = self.history[spec.objective][-1]
-        better = self.objective is None or value < self.objective
+        better = spec.keep == "last" or self.objective is None or value < self.objective
         if better:
             self.objective, self.best_epoch = value, self.epochs
             self.train = _scores(self.history, "")

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from bpf.algorithms import Algorithm, Network, Step, random_feedback
+from bpf.algorithms import Algorithm, Layer, Network, Step, random_feedback
 
 
 class FeedbackAlignment(Algorithm):
@@ -30,9 +31,12 @@ class FeedbackAlignment(Algorithm):
             drawn = random_feedback(runs, name, below.units, layer.units, layer.weight.dtype)
             network.buffers[name] = drawn.mT.contiguous()
 
+    def backward_weights(self, network: Network, layer: Layer) -> Tensor:
+        return network.buffers[f"fa.{layer.index}"]
+
     def gradients(self, step: Step) -> None:
         traces = step.forward_hidden()
         delta = step.train_output(traces[-1].passed_on)
         for trace in reversed(traces):
-            feedback = step.network.buffers[f"fa.{trace.layer.index + 1}"]
+            feedback = self.backward_weights(step.network, step.network.layers[trace.layer.index + 1])
             delta = trace.layer.backward(trace, step.masked(trace.layer, torch.bmm(delta, feedback)))

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from bpf.algorithms import Algorithm, Network, Step, random_feedback
+from bpf.algorithms import Algorithm, Layer, Network, Step, random_feedback
 
 
 class KolenPollack(Algorithm):
@@ -29,12 +30,15 @@ class KolenPollack(Algorithm):
             drawn = random_feedback(runs, name, below.units, layer.units, layer.weight.dtype)
             network.add_parameter(name, drawn.mT)
 
+    def backward_weights(self, network: Network, layer: Layer) -> Tensor:
+        return network.parameters[f"kp.{layer.index}"]
+
     def gradients(self, step: Step) -> None:
         network = step.network
         traces = step.forward_hidden()
         delta = step.train_output(traces[-1].passed_on)
         for trace in reversed(traces):
-            feedback = network.parameters[f"kp.{trace.layer.index + 1}"]
+            feedback = self.backward_weights(network, network.layers[trace.layer.index + 1])
             delta = trace.layer.backward(trace, step.masked(trace.layer, torch.bmm(delta, feedback)))
         for layer in network.layers[1:]:
             network.gradients[f"kp.{layer.index}"].copy_(layer.weight_gradient)
