@@ -134,7 +134,10 @@ def plan(experiment: Experiment, effort: Effort = Effort(), budget: float = 0.0,
         try:
             rule = rules[stack.spec.algorithm]
             return measure(stack.specs(), rule, trackers, extent, stack.examples, device, seconds)
-        except Exception:  # a plan is no place for what a rule or a lack of memory does: training deals with it
+        except (
+            Exception,
+            SystemExit,
+        ):  # a plan is no place for what a rule or a lack of memory does: training deals with it
             return None
 
     if not budget:
@@ -219,9 +222,10 @@ def store_plan(experiment: Experiment, command: Sequence[str]) -> None:
 def _check(experiment: Experiment) -> Data:
     """Find what can be wrong with a request before anything is written; returns the data."""
     spec = experiment.grid
-    experiment.trackers()
-    expand(spec, experiment.rules())
-    loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
+    with experiment.naming_versions():
+        experiment.trackers()
+        expand(spec, experiment.rules())
+        loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
     _check_subsets(spec, loaded)
     if not experiment.is_here:
         experiment.is_unplanned()  # a server that cannot be reached says so now

@@ -19,7 +19,7 @@ from bpf.experiment import longer, places
 from bpf.experiment.file import FORMAT, Session, read
 from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
-from bpf.experiment.provenance import provenance, redacted
+from bpf.experiment.provenance import changed_plugins, provenance, redacted
 from bpf.experiment.settings import merged, stored_grid
 from bpf.files import exists, explaining, is_dir, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
@@ -82,6 +82,16 @@ class Experiment:
     def is_here(self) -> bool:
         """Whether its study is the file in its own directory."""
         return self.database == _own_database(self.directory)
+
+    @contextmanager
+    def naming_versions(self) -> Iterator[None]:
+        """Add to an error of the request which plugins were of another version at the last start."""
+        try:
+            yield
+        except UsageError as error:
+            if self.begun and (others := changed_plugins(self.sessions()[-1].get("versions", {}))):
+                error.args = (f"{error} The last start was with {others}.",)
+            raise
 
     def rules(self) -> "dict[str, type[Algorithm]]":
         return load_rules(self.grid.algorithm)

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,20 @@ def _versions(plugins: Iterable[Plugin]) -> dict[str, str | None]:
             versions[library] = None
     others = {plugin.distribution: plugin.version for plugin in plugins if plugin.distribution != "bpf"}
     return versions | dict(sorted(others.items()))
+
+
+def changed_plugins(versions: Mapping[str, str | None]) -> str:
+    """In words, which plugins were of another version when these were noted."""
+    now = {}
+    for name in versions.keys() - {"bpf", "python", *LIBRARIES}:
+        try:
+            now[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            now[name] = ""
+    others = [
+        f"{name} {versions[name]} ({now[name] or 'none'} now)" for name in sorted(now) if now[name] != versions[name]
+    ]
+    return " and ".join(others)
 
 
 def _repository(directory: Path) -> dict[str, Any] | None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network
+from bpf.errors import PluginError
 from bpf.nn.losses import Loss
 from bpf.nn.randomness import Draws, generator
+from bpf.registry import TRACKERS, Registry
 from bpf.spec.run import RunSpec
 from bpf.trackers import Probe, Tracker
 from bpf.training.feed import Feed
@@ -45,7 +47,7 @@ class Tracking:
         values = {
             f"{tracker}/{name}": values.tolist()
             for tracker, instance in self._trackers.items()
-            for name, values in instance.measure(probe).items()
+            for name, values in _measured(tracker, instance, probe).items()
         }
         seconds = (time.perf_counter() - start) / len(records)
         moment = {"step": step, "epoch": step / self._steps}
@@ -62,3 +64,23 @@ class Tracking:
         rows = train.index[order[None, :PROBE_SIZE].to(self._feed.device)]
         inputs, target, _ = self._feed.batch(train, rows)
         return inputs, target
+
+
+def _measured(name: str, tracker: Tracker, probe: Probe) -> dict[str, Tensor]:
+    """What a tracker measures. Raises PluginError if it fails, or gives what are not values of each run."""
+    try:
+        values, runs = tracker.measure(probe), torch.Size([probe.network.runs])
+        for what, each in values.items():
+            if not isinstance(what, str):
+                raise TypeError(f"{what!r} is no name")
+            if not isinstance(each, Tensor) or each.shape != runs or each.is_complex():
+                given = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+                raise TypeError(f"{what} is {given}, and must be a tensor {list(runs)}: one number of each run")
+        return values
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        called = Registry(TRACKERS).called(name)
+        raise PluginError(
+            f"The {called} failed: {type(error).__name__}: {error}. Mend, update or leave it out."
+        ) from error
