@@ -160,7 +160,7 @@ def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
 def _misfit(kind: Any, base: type) -> str:
     """Why something cannot stand where bpf has a `base`, or nothing: its methods must be callable in the same way."""
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        return f"it is no subclass of {base.__module__.removesuffix('.base')}.{base.__name__}"
+        return f"it is no subclass of {base.__module__}.{base.__name__}"
     lacking = set(getattr(kind, "__abstractmethods__", ()))
     seam = [parent for parent in kind.__mro__ if parent.__module__ == base.__module__]
     methods = {name: inspect.getattr_static(kind, name) for parent in seam for name in vars(parent)}

@@ -29,7 +29,8 @@ def plugins_text(plugins: Sequence[Plugin]) -> str:
     lines = []
     for plugin in plugins:
         problems = ", ".join(_problem_types(plugin))
-        lines.append(f"{plugin.name:<18}{plugin.distribution} {plugin.version}{f'  ({problems})' if problems else ''}")
+        owner = f"{plugin.distribution} {plugin.version}".strip()
+        lines.append(f"{plugin.name:<17} {owner}{f'  ({problems})' if problems else ''}")
         lines += _indented(f"broken: {plugin.problem}" if plugin.problem else plugin.summary or "(not described)")
     return "\n".join(lines) or "No plugin is installed."
 
@@ -46,6 +47,7 @@ def describe_algorithm(name: str) -> dict[str, Any]:
     registry = Registry(ALGORITHMS)
     plugin = registry.describe(name)
     if plugin.problem:
+        registry.load(name)  # which may say more
         raise registry.refusal(name, plugin.problem)
     rule = load_rules([name])[name]
     return {
@@ -115,7 +117,7 @@ def datasets_text(infos: Sequence[DatasetInfo]) -> str:
             state = "your own"
         else:
             state = "on disk" if info.on_disk else "not here"
-        lines.append(f"{info.name:<12}{state:<10}{_size(info)}".rstrip())
+        lines.append(f"{info.name:<11} {state:<10}{_size(info)}".rstrip())
         lines += _indented(f"broken: {info.problem}" if info.problem else info.summary)
     return "\n".join(lines)
 

@@ -193,8 +193,9 @@ def _naming(registry: Registry, name: str, doing: str) -> Iterator[None]:
     except (BpfError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"{doing} the dataset {name!r}{_of(registry, name)} failed: {reason}") from error
+        owner, reason = _of(registry, name), f"{type(error).__name__}: {error}"
+        cure = ". Mend or update it" if owner else ""
+        raise RunError(f"{doing} the dataset {name!r}{owner} failed: {reason}{cure}") from error
 
 
 def _of(registry: Registry, name: str) -> str:

@@ -83,16 +83,6 @@ class Experiment:
         """Whether its study is the file in its own directory."""
         return self.database == _own_database(self.directory)
 
-    @contextmanager
-    def naming_versions(self) -> Iterator[None]:
-        """Add to an error of the request which plugins were of another version at the last start."""
-        try:
-            yield
-        except UsageError as error:
-            if self.begun and (others := changed_plugins(self.sessions()[-1].get("versions", {}))):
-                error.args = (f"{error} The last start was with {others}.",)
-            raise
-
     def rules(self) -> "dict[str, type[Algorithm]]":
         return load_rules(self.grid.algorithm)
 
@@ -327,3 +317,16 @@ def _foreign(directory: Path) -> Iterator[Path]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def naming_versions(directory: Path) -> Iterator[None]:
+    """Add to an error of the request which plugins have changed since the last start of what is there."""
+    try:
+        yield
+    except UsageError as error:
+        path = directory / "experiment.yaml"
+        sessions = read(path).sessions if path.is_file() else []
+        if sessions and (changes := changed_plugins(sessions[-1].get("versions", {}))) and changes not in str(error):
+            error.args = (f"{error} Since the last start here {changes}; if that is why, install what it was.",)
+        raise

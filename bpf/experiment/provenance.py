@@ -92,17 +92,16 @@ def _versions(plugins: Iterable[Plugin]) -> dict[str, str | None]:
 
 
 def changed_plugins(versions: Mapping[str, str | None]) -> str:
-    """In words, which plugins were of another version when these were noted."""
-    now = {}
-    for name in versions.keys() - {"bpf", "python", *LIBRARIES}:
+    """In words, which plugins have changed since these versions were noted."""
+    changes = []
+    for name in sorted(versions.keys() - {"bpf", "python", *LIBRARIES}):
         try:
-            now[name] = metadata.version(name)
+            if (now := metadata.version(name)) != versions[name]:
+                changes.append(f"{name} {versions[name]} has become {now}")
         except metadata.PackageNotFoundError:
-            now[name] = ""
-    others = [
-        f"{name} {versions[name]} ({now[name] or 'none'} now)" for name in sorted(now) if now[name] != versions[name]
-    ]
-    return " and ".join(others)
+            if versions[name]:
+                changes.append(f"{name} {versions[name]} has been uninstalled")
+    return " and ".join(changes)
 
 
 def _repository(directory: Path) -> dict[str, Any] | None:

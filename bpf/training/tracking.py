@@ -1,7 +1,7 @@
 """The measurements of trackers while a cohort trains: on one probe batch, at an interval, and what they cost."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -47,7 +47,7 @@ class Tracking:
         values = {
             f"{tracker}/{name}": values.tolist()
             for tracker, instance in self._trackers.items()
-            for name, values in _measured(tracker, instance, probe).items()
+            for name, values in _measured(tracker, instance, probe, records[0].tracked).items()
         }
         seconds = (time.perf_counter() - start) / len(records)
         moment = {"step": step, "epoch": step / self._steps}
@@ -66,16 +66,23 @@ class Tracking:
         return inputs, target
 
 
-def _measured(name: str, tracker: Tracker, probe: Probe) -> dict[str, Tensor]:
+def _measured(name: str, tracker: Tracker, probe: Probe, earlier: Iterable[str]) -> dict[str, Tensor]:
     """What a tracker measures. Raises PluginError if it fails, or gives what are not values of each run."""
     try:
+        before = {name: tensor._version for name, tensor in probe.network.state().items()}
         values, runs = tracker.measure(probe), torch.Size([probe.network.runs])
+        for what, tensor in probe.network.state().items():
+            if tensor._version != before[what]:
+                raise ValueError(f"it changes the tensor {what} of the networks in training")
         for what, each in values.items():
             if not isinstance(what, str):
                 raise TypeError(f"{what!r} is no name")
             if not isinstance(each, Tensor) or each.shape != runs or each.is_complex():
                 given = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
                 raise TypeError(f"{what} is {given}, and must be a tensor {list(runs)}: one number of each run")
+        known = {each for each in earlier if each.startswith(f"{name}/")}
+        if known and known != {f"{name}/{what}" for what in values}:
+            raise ValueError(f"it measures other things than before: {', '.join(values)}")
         return values
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -21,6 +21,7 @@ import torch
 import bpf
 from bpf.data.cache import Data, load
 from bpf.errors import BpfError, DiskFull, PluginError, RunError
+from bpf.experiment.grid import resolve_options
 from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
@@ -99,6 +100,7 @@ class Worker:
         data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
         self._data = data.to(self._device)
         self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
+        resolve_options(grid, self._rules)  # so that those of another version are refused
         self._noticed: set[str] = set()
 
     def run(self) -> None:
@@ -148,7 +150,7 @@ class Worker:
             self._out_of_memory(claim, training.stacked if training else self._runs(claim))
         except (Exception, SystemExit) as error:
             of = Registry(ALGORITHMS).called(claim.rows[0].rule)
-            blame = "" if isinstance(error, PluginError) else f" (by the {of}: mend or update it)"
+            blame = f"\n{error}" if isinstance(error, PluginError) else f" (by the {of}: mend or update it)"
             self._raised(claim, f"{traceback.format_exc().rstrip()}{blame}\n")
 
     def _open(self, claim: Claim) -> ClaimTraining:
