@@ -171,7 +171,7 @@ FAILING = {
     "rate": (prepare("network.add_parameter('own', torch.ones(2), 'fast')"), "The rate of own is 'fast', and must be"),
     "fixed-runs": (
         prepare("network.buffers['own'] = torch.ones(7)"),
-        "own is [7], and must be a tensor with the 2 run",
+        "own is [7], and must be a tensor whose first axi",
     ),
     "weights": (
         prepare("network.parameters['weight.0'] = torch.ones(2, 3)"),
