@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -92,22 +93,16 @@ def interrupted(marks: Path, at_least: int, *arguments: str) -> int:
         )
     end = time.monotonic() + SECONDS
     try:
-        while len(list(marks.iterdir())) < at_least or at_least == len(RULES) + 1:
-            if process.poll() is not None or time.monotonic() > end:
-                break
+        while len(list(marks.iterdir())) < at_least and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
     finally:
-        for number in (signal.SIGKILL, 0):  # and then wait for nobody to be left
-            try:
-                while True:
-                    os.killpg(process.pid, number)
-                    process.poll()
-                    time.sleep(0.02)
-                    if number:
-                        break
-            except ProcessLookupError:
-                pass
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:  # until nobody is left
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
     assert "Traceback" not in log.read_text()
     return code
 
