@@ -13,7 +13,7 @@ from bpf.data.scaling import check_channels
 from bpf.data.subsets import subset
 from bpf.errors import BpfError, UsageError
 from bpf.experiment import places
-from bpf.experiment.directory import Experiment, Place, open_experiment, prepare
+from bpf.experiment.directory import Experiment, Place, naming_versions, open_experiment, prepare
 from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
 from bpf.experiment.plugins import load_rules
 from bpf.experiment.settings import stored_grid
@@ -96,13 +96,15 @@ class Effort:
 
 def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""
-    return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir, place)
+    with naming_versions(directory):
+        return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir, place)
 
 
 def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
     """The experiment of a single execution in `directory`. Nothing is written yet."""
-    rules = load_rules([run.algorithm])
-    check_run(run, rules[run.algorithm])
+    with naming_versions(directory):
+        rules = load_rules([run.algorithm])
+        check_run(run, rules[run.algorithm])
     if "," in run.device:
         raise UsageError(f"device {run.device}: a single execution is trained on one device. Give one of them.")
     return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir, place)
@@ -135,7 +137,7 @@ def plan(experiment: Experiment, effort: Effort = Effort(), budget: float = 0.0,
         try:
             rule = rules[stack.spec.algorithm]
             return measure(stack.specs(), rule, trackers, extent, stack.examples, device, seconds)
-        except Exception:  # a plan is no place for what a rule or a lack of memory does: training deals with it
+        except (Exception, SystemExit):  # of a rule, or of a lack of memory: training deals with it, and not a plan
             return None
 
     if not budget:
@@ -220,9 +222,10 @@ def store_plan(experiment: Experiment, command: Sequence[str]) -> None:
 def _check(experiment: Experiment) -> Data:
     """Find what can be wrong with a request before anything is written; returns the data."""
     spec = experiment.grid
-    experiment.trackers()
-    expand(spec, experiment.rules())
-    loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
+    with naming_versions(experiment.directory):
+        experiment.trackers()
+        expand(spec, experiment.rules())
+        loaded = load(spec.dataset, experiment.data_dir, spec.image_size)
     for each in spec.grids().values():
         check_channels(each.scaler, loaded.shape[0])
         _check_subsets(each, loaded)
@@ -236,7 +239,8 @@ def _planned(experiment: Experiment, command: Sequence[str]) -> "Study":
     begun = experiment.begun
     if not begun:  # first of all, so that whatever happens next, `bpf resume` can go on
         experiment.save(command)
-    study, _ = experiment.plan()
+    with naming_versions(experiment.directory):
+        study, _ = experiment.plan()
     if begun:  # last, so that a grid that cannot be extended is not recorded
         experiment.save(command)
     return study

@@ -31,6 +31,10 @@ class Damaged(RunError):
         super().__init__(f"{what} is damaged: {why}. {cure}")
 
 
+class PluginError(Exception):
+    """A plugin has failed in training, as the message says of it by name: so fails what was trained."""
+
+
 class DiskFull(RunError):
     """There is no space left to write `path`."""
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bpf import __version__
 from bpf.errors import UsageError, did_you_mean
 
 ALGORITHMS, DATASETS, TRACKERS = "bpf.algorithms", "bpf.datasets", "bpf.trackers"
@@ -89,8 +91,8 @@ class Registry:
         first = entry_points[0]
         owner, version = _distribution(first)
         if len(entry_points) > 1:
-            owners = _owners(entry_points)
-            return Plugin(name, first.value, owners, "", problem=f"declared by {owners}; uninstall one of them")
+            owners, cure = _owners(entry_points)
+            return Plugin(name, first.value, owners, "", problem=f"declared by {owners}; {cure}")
         summary, attributes, problem = _read_source(first)
         return Plugin(name, first.value, owner, version, summary, attributes, problem)
 
@@ -102,16 +104,31 @@ class Registry:
         """
         entry_points = self._entry_points(name)
         if len(entry_points) > 1:
-            owners = _owners(entry_points)
-            raise UsageError(f"The {self.kind} {name!r} is declared by {owners}. Uninstall one of them.")
+            owners, cure = _owners(entry_points)
+            raise UsageError(f"The {self.kind} {name!r} is declared by {owners}. {cure.capitalize()}.")
         try:
             return entry_points[0].load()
         except (Exception, SystemExit) as error:  # whatever a plugin raises at import must not look like ours
-            owner = " ".join(_distribution(entry_points[0])).strip()
-            raise UsageError(
-                f"The {self.kind} {name!r} of {owner} ({entry_points[0].value}) cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise self.refusal(name, f"{type(error).__name__}: {error}", "loaded") from error
+
+    def load_class(self, name: str, base: type) -> Any:
+        """As `load`, of a class that can stand where bpf has a `base`. Raises UsageError for anything else."""
+        kind = self.load(name)
+        if problem := _misfit(kind, base):
+            raise self.refusal(name, problem)
+        return kind
+
+    def called(self, name: str) -> str:
+        """A plugin in words: what it is, and of which distribution."""
+        owners = " and ".join(" ".join(_distribution(one)).strip() for one in self._by_name.get(name, ()))
+        return f"{self.kind} {name!r} of {owners}" if owners else f"{self.kind} {name!r}, which is not installed,"
+
+    def refusal(self, name: str, problem: str, how: str = "used") -> UsageError:
+        """Why an installed plugin cannot be used, and what can be done about it."""
+        first = self._entry_points(name)[0]
+        package = _distribution(first)[0] if first.dist is not None else "what it is of"
+        cure = f"Mend, update or reinstall {package}, or leave {name!r} out."
+        return UsageError(f"The {self.called(name)} ({first.value}) cannot be {how}: {problem.rstrip('.')}. {cure}")
 
     def _entry_points(self, name: str) -> list[metadata.EntryPoint]:
         if name not in self._by_name:
@@ -123,13 +140,56 @@ def _identity(entry_point: metadata.EntryPoint) -> tuple[str, str]:
     return _distribution(entry_point)[0], entry_point.value
 
 
-def _owners(entry_points: Iterable[metadata.EntryPoint]) -> str:
-    return " and ".join(_distribution(entry_point)[0] for entry_point in entry_points)
+def _owners(entry_points: Iterable[metadata.EntryPoint]) -> tuple[str, str]:
+    """The distributions that declare one name, and what to do about it."""
+    owners = [" ".join(_distribution(entry_point)).strip() for entry_point in entry_points]
+    foreign = [owner for owner in owners if owner.partition(" ")[0] != "bpf"]
+    return " and ".join(owners), f"uninstall {foreign[0] if len(foreign) == 1 else 'one of them'}"
 
 
 def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
     dist = entry_point.dist
-    return (dist.name, dist.version) if dist is not None else ("unknown distribution", "")
+    if dist is None:
+        return "no distribution", ""
+    try:
+        return dist.name or "a nameless distribution", dist.version or ""
+    except KeyError:  # its metadata are damaged
+        return "a nameless distribution", ""
+
+
+def _misfit(kind: Any, base: type) -> str:
+    """Why something cannot stand where bpf has a `base`, or nothing: its methods must be callable in the same way."""
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        return f"it is no subclass of {base.__module__}.{base.__name__}"
+    lacking = set(getattr(kind, "__abstractmethods__", ()))
+    seam = [parent for parent in kind.__mro__ if parent.__module__ == base.__module__]
+    methods = {name: inspect.getattr_static(kind, name) for parent in seam for name in vars(parent)}
+    for parent in seam:
+        replaced = parent is not base and any(  # so what its own methods call may be missing
+            inspect.isfunction(function) and name in vars(base) and methods[name] is not function
+            for name, function in vars(parent).items()
+        )
+        for name, function in vars(parent).items():
+            own = methods[name]
+            if not inspect.isfunction(function) or (name.startswith("_") and name != "__init__"):
+                continue
+            if own is function and not replaced and "NotImplementedError" in function.__code__.co_names:
+                lacking.add(name)
+            if not (callable(own) or isinstance(own, staticmethod | classmethod)):
+                return f"its {name} is no method"
+            if own is not function and inspect.isfunction(own):
+                try:
+                    inspect.signature(own).bind(*inspect.signature(function).parameters)
+                except TypeError:
+                    return (
+                        f"its {name}{_parameters(own)} cannot be called as bpf {__version__} does, "
+                        f"{name}{_parameters(function)}, so that it is for another bpf"
+                    )
+    return f"it lacks {', '.join(sorted(lacking))}" if lacking else ""
+
+
+def _parameters(function: Any) -> str:
+    return f"({', '.join(inspect.signature(function).parameters)})"
 
 
 def _read_source(entry_point: metadata.EntryPoint) -> tuple[str, tuple[tuple[str, Any], ...], str]:

@@ -1431,10 +1431,12 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plugin_that_cannot_be_loaded(bpf_: Bpf) -> None:
     expected = {
         "broken": "The algorithm 'broken' of fragile-rules 1.0 (broken_rules:Broken) cannot be loaded: "
-        "RuntimeError: half installed",
+        "RuntimeError: half installed. Mend, update or reinstall fragile-rules, or leave 'broken' out.",
         "absent": "The algorithm 'absent' of fragile-rules 1.0 (absent_rules:Absent) cannot be loaded: "
-        "ModuleNotFoundError: No module named 'absent_rules'",
-        "norule": "The algorithm 'norule' (fragile_rules:NotARule) is not a bpf Algorithm.",
+        "ModuleNotFoundError: No module named 'absent_rules'. "
+        "Mend, update or reinstall fragile-rules, or leave 'absent' out.",
+        "norule": "The algorithm 'norule' of fragile-rules 1.0 (fragile_rules:NotARule) cannot be used: it is no "
+        "subclass of bpf.algorithms.base.Algorithm. Mend, update or reinstall fragile-rules, or leave 'norule' out.",
     }
     for name, message in expected.items():
         refused(bpf_, f"train --dataset digits --algorithm {name}", message)
@@ -1445,7 +1447,8 @@ def test_a_plugin_that_cannot_be_loaded(bpf_: Bpf) -> None:
 
 
 FRAGILE = "tune ex --dataset digits --arch 8 --activation tanh --no-batch-norm --examples-frac 0.1 --epochs 1 --json"
-ONE_BY_ONE = "ZeroDivisionError: no signal today: its cohort is tried again, each cell alone.\n"
+RAISED = "ZeroDivisionError: no signal today (by the algorithm 'fragile' of fragile-rules 1.0: mend or update it)"
+ONE_BY_ONE = f"{RAISED}: its cohort is tried again, each cell alone.\n"
 CURE = "see `bpf status ex --failed`; `bpf resume ex --retry-failed` tries again."
 
 
@@ -1469,7 +1472,7 @@ def test_a_rule_that_raises_fails_alone(bpf_: Bpf, work: Path) -> None:
     ]
     for failure in failures:
         assert failure["error"].startswith("Traceback (most recent call last):\n")
-        assert failure["error"].endswith("ZeroDivisionError: no signal today\n")
+        assert failure["error"].endswith(f"{RAISED}\n")
     assert bpf_("status ex --failed").out.count("ZeroDivisionError: no signal today") == 2
     assert "rule raised: 2 failed\n" in bpf_("status ex").out
     before = results(bpf_)
@@ -1535,7 +1538,7 @@ def test_a_single_run_that_raises(bpf_: Bpf, work: Path) -> None:
     (work / "raise").touch()
     command = RUN.replace("dfa", "fragile")
     expected = (
-        "Error: The execution failed: ZeroDivisionError: no signal today\n"
+        f"Error: The execution failed: {RAISED}\n"
         "See `bpf status one --failed`; `bpf resume one --retry-failed` tries again.\n"
     )
     assert bpf_(command) == Outcome(1, "", expected)

@@ -286,7 +286,7 @@ def test_arrays_against_the_contract_are_refused_and_not_kept(toy, tmp_path, mon
     monkeypatch.setattr(Toy, "result", Arrays(**(vars(arrays()) | changes)))
     with pytest.raises(UsageError) as caught:
         cache.load("toy", tmp_path, registry=toy)
-    assert str(caught.value) == f"The dataset 'toy' cannot be used: {problem}"
+    assert str(caught.value) == f"The dataset 'toy' of no distribution cannot be used: {problem}"
     assert not (tmp_path / "bpf-cache").exists()
 
 
@@ -295,17 +295,18 @@ def test_a_declared_shape_must_be_kept(toy, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as caught:
         cache.load("toy", tmp_path, registry=toy)
     assert str(caught.value) == (
-        "The dataset 'toy' cannot be used: its images are [1, 2, 3], but it declares [3, 2, 2]; "
+        "The dataset 'toy' of no distribution cannot be used: its images are [1, 2, 3], but it declares [3, 2, 2]; "
         "one of the two is wrong."
     )
 
 
 def test_a_plugin_that_fails_is_named(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "result", None)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(UsageError) as caught:
         cache.load("toy", tmp_path, registry=toy)
     assert str(caught.value) == (
-        "Reading the dataset 'toy' failed: AttributeError: 'NoneType' object has no attribute 'classes'"
+        "The dataset 'toy' of no distribution cannot be used: reading it gives NoneType; it must give "
+        "bpf.data.base.Arrays."
     )
 
 
@@ -371,11 +372,21 @@ def test_broken_plugins_stay_in_the_list_with_their_problem(tmp_path):
         def present(self) -> bool:
             raise ValueError("not done")
 
+        def instructions(self) -> str:
+            return ""
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def read(self) -> Arrays:
+            raise ValueError("not done")
+
     known = registry(absent="no_such_module:Set", other=dict, unfinished=Unfinished, digits=BUILT_IN["digits"])
     assert {info.name: info.problem for info in cache.available(known, tmp_path)} == {
         "absent": "module no_such_module is not installed",
         "digits": "",
-        "other": "The dataset 'other' is no subclass of bpf.data.base.Dataset.",
+        "other": "The dataset 'other' of no distribution (bpf.data.base:Dataset) cannot be used: it is no subclass of "
+        "bpf.data.base.Dataset. Mend, update or reinstall what it is of, or leave 'other' out.",
         "unfinished": "ValueError: not done",
     }
 

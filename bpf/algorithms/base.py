@@ -167,7 +167,8 @@ class Algorithm:
         """What the networks in use predict for `inputs` [runs, batch, inputs], [runs, batch, targets].
 
         For validation, early stopping, the test and saved models: of these tensors only parameters, running statistics
-        and what is declared `saved` is there. The output layer's pre-activations, unless a rule predicts otherwise.
+        and what is declared `saved` is there, and the rule is made anew, without `prepare`. The output layer's
+        pre-activations, unless a rule predicts otherwise.
         """
         return network.logits(inputs)
 

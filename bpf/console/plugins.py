@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from bpf.data.cache import DatasetInfo, available, describe
-from bpf.errors import UsageError
 from bpf.registry import ALGORITHMS, DATASETS, Plugin, Registry
 
 
@@ -18,7 +17,7 @@ def plugins_json(plugins: Sequence[Plugin]) -> list[dict[str, Any]]:
             "distribution": plugin.distribution,
             "version": plugin.version,
             "summary": plugin.summary,
-            "problem_types": sorted(plugin.attribute("problem_types", ())),
+            "problem_types": _problem_types(plugin),
             "problem": plugin.problem,
         }
         for plugin in plugins
@@ -29,10 +28,16 @@ def plugins_text(plugins: Sequence[Plugin]) -> str:
     """One plugin a block: name and distribution, then its summary, or why it is broken."""
     lines = []
     for plugin in plugins:
-        problems = ", ".join(sorted(plugin.attribute("problem_types", ())))
-        lines.append(f"{plugin.name:<18}{plugin.distribution} {plugin.version}{f'  ({problems})' if problems else ''}")
-        lines += _indented(f"broken: {plugin.problem}" if plugin.problem else plugin.summary)
+        problems = ", ".join(_problem_types(plugin))
+        owner = f"{plugin.distribution} {plugin.version}".strip()
+        lines.append(f"{plugin.name:<17} {owner}{f'  ({problems})' if problems else ''}")
+        lines += _indented(f"broken: {plugin.problem}" if plugin.problem else plugin.summary or "(not described)")
     return "\n".join(lines) or "No plugin is installed."
+
+
+def _problem_types(plugin: Plugin) -> list[str]:
+    given = plugin.attribute("problem_types", ())
+    return sorted(map(str, given)) if isinstance(given, set | tuple | list) else []
 
 
 def describe_algorithm(name: str) -> dict[str, Any]:
@@ -42,13 +47,14 @@ def describe_algorithm(name: str) -> dict[str, Any]:
     registry = Registry(ALGORITHMS)
     plugin = registry.describe(name)
     if plugin.problem:
-        raise UsageError(f"The algorithm {name!r} is broken: {plugin.problem}.")
+        registry.load(name)  # which may say more
+        raise registry.refusal(name, plugin.problem)
     rule = load_rules([name])[name]
     return {
         "name": name,
         "distribution": plugin.distribution,
         "version": plugin.version,
-        "summary": (rule.__doc__ or "").partition("\n")[0],
+        "summary": (rule.__dict__.get("__doc__") or "").partition("\n")[0],
         "equation": rule.equation,
         "reference": rule.reference,
         "problem_types": sorted(rule.problem_types),
@@ -59,8 +65,13 @@ def describe_algorithm(name: str) -> dict[str, Any]:
 
 
 def algorithm_text(rule: dict[str, Any]) -> str:
-    lines = [f"{rule['name']}  ({rule['distribution']} {rule['version']})", "", rule["summary"], ""]
-    lines += [f"equation      {rule['equation']}", f"paper         {rule['reference']}"]
+    lines = [
+        f"{rule['name']}  ({rule['distribution']} {rule['version']})",
+        "",
+        rule["summary"] or "(not described)",
+        "",
+    ]
+    lines += [f"equation      {rule['equation'] or '-'}", f"paper         {rule['reference'] or '-'}"]
     lines.append(f"problems      {', '.join(rule['problem_types'])}")
     if rule["needs_bounded_activation"]:
         lines.append("activations   tanh, sigmoid (others need --allow-unstable)")
@@ -106,7 +117,7 @@ def datasets_text(infos: Sequence[DatasetInfo]) -> str:
             state = "your own"
         else:
             state = "on disk" if info.on_disk else "not here"
-        lines.append(f"{info.name:<12}{state:<10}{_size(info)}".rstrip())
+        lines.append(f"{info.name:<11} {state:<10}{_size(info)}".rstrip())
         lines += _indented(f"broken: {info.problem}" if info.problem else info.summary)
     return "\n".join(lines)
 

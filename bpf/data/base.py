@@ -94,18 +94,35 @@ class Dataset:
         raise NotImplementedError
 
 
-def validate(name: str, arrays: Arrays, shape: tuple[int, int, int] | None = None) -> None:
+def misdeclared(kind: type[Dataset]) -> str:
+    """Why what a data set says of itself cannot be used, or nothing."""
+    shape = kind.shape
+    if shape is not None and not (isinstance(shape, tuple) and len(shape) == 3 and all(map(_is_count, shape))):
+        return f"its shape is {shape!r}, and must be three whole numbers (C, H, W), or None"
+    for attribute in ("class_count", "train_size", "test_size"):
+        if (given := getattr(kind, attribute)) is not None and not _is_count(given):
+            return f"its {attribute} is {given!r}, and must be a whole number from 1 on, or None"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def validate(called: str, arrays: Arrays, shape: tuple[int, int, int] | None = None) -> None:
     """Check what a data set returned against the contract of `Arrays`, and `shape` (C, H, W) if given.
 
-    Raises UsageError that names the data set, what is wrong and what would be right.
+    Raises UsageError that names the data set, as it is called, what is wrong and what would be right.
     """
     problem = problem_of(arrays, shape)
     if problem:
-        raise UsageError(f"The dataset {name!r} cannot be used: {problem}")
+        raise UsageError(f"The dataset {called} cannot be used: {problem}")
 
 
 def problem_of(arrays: Arrays, shape: tuple[int, int, int] | None = None) -> str:
     """What is wrong with a data set by the contract of `Arrays`, or nothing."""
+    if not isinstance(arrays, Arrays):
+        return f"reading it gives {type(arrays).__name__}; it must give bpf.data.base.Arrays."
     return (
         _problem_of_classes(arrays.classes)
         or _problem_of_split("train", arrays.train_images, arrays.train_labels, len(arrays.classes))
@@ -115,6 +132,8 @@ def problem_of(arrays: Arrays, shape: tuple[int, int, int] | None = None) -> str
 
 
 def _problem_of_classes(classes: tuple[str, ...]) -> str:
+    if not (isinstance(classes, tuple) and all(isinstance(name, str) for name in classes)):
+        return "its classes must be a tuple of their names."
     if len(classes) < 2:
         return f"it has {len(classes)} classes; a classification task needs at least 2."
     if len(set(classes)) < len(classes):
@@ -124,6 +143,9 @@ def _problem_of_classes(classes: tuple[str, ...]) -> str:
 
 
 def _problem_of_split(split: str, images: Images, labels: Labels, class_count: int) -> str:
+    for name, array in (("images", images), ("labels", labels)):
+        if not isinstance(array, np.ndarray):
+            return f"{split}_{name} is {type(array).__name__}; it must be a NumPy array."
     if images.dtype != np.uint8 or images.ndim != 4:
         return (
             f"{split}_images is {images.dtype} with {images.ndim} dimensions; "

@@ -1,12 +1,14 @@
 """Data sets by name: the whole set as resident uint8 tensors, and what `bpf datasets` tells about each."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bpf.data import store
-from bpf.data.base import Arrays, Dataset, Extent, validate
+from bpf.data.base import Arrays, Dataset, Extent, misdeclared, validate
 from bpf.errors import BpfError, RunError, UsageError
 from bpf.files import at_home
 from bpf.registry import DATASETS, Plugin, Registry
@@ -75,12 +77,13 @@ def load(name: str, data_dir: Path, image_size: int | None = None, registry: Reg
     """
     import torch
 
+    registry = registry or Registry(DATASETS)
     dataset = open_dataset(name, data_dir, image_size, registry)
     if dataset.cached:
-        fingerprint = dataset.fingerprint()
-        arrays = store.fetch(_entry(name, dataset, fingerprint), fingerprint, lambda: _read(name, dataset))
+        fingerprint = _fingerprint(registry, name, dataset)
+        arrays = store.fetch(_entry(name, dataset, fingerprint), fingerprint, lambda: _read(registry, name, dataset))
     else:
-        arrays = _read(name, dataset)
+        arrays = _read(registry, name, dataset)
     return Data(
         name,
         torch.from_numpy(arrays.train_images),
@@ -96,8 +99,11 @@ def extent(name: str, data_dir: Path, image_size: int | None = None, registry: R
 
     Raises UsageError as `open_dataset` does, and for a source that is missing.
     """
+    registry = registry or Registry(DATASETS)
     dataset = open_dataset(name, data_dir, image_size, registry)
-    fingerprint = dataset.fingerprint() if dataset.takes_source else ""  # looks whether the source is there
+    fingerprint = ""
+    if dataset.takes_source:  # looks whether the source is there
+        fingerprint = _fingerprint(registry, name, dataset)
     if dataset.shape and dataset.class_count and dataset.train_size:
         return Extent(dataset.shape, dataset.class_count, dataset.train_size)
     return store.peek(_entry(name, dataset, fingerprint), fingerprint) if fingerprint and dataset.cached else None
@@ -120,7 +126,8 @@ def open_dataset(name: str, data_dir: Path, image_size: int | None = None, regis
         )
     if image_size is not None and image_size < 1:
         raise UsageError(f"The image size is {image_size}; it must be at least 1 pixel.")
-    return kind(data_dir, source or None, image_size)
+    with _naming(registry, name, "Making"):
+        return kind(data_dir, source or None, image_size)
 
 
 def available(registry: Registry, data_dir: Path) -> list[DatasetInfo]:
@@ -141,7 +148,7 @@ def _info(registry: Registry, plugin: Plugin, source: str | None, data_dir: Path
         return DatasetInfo(*known, problem=plugin.problem)
     try:
         kind = _kind(registry, plugin.name)
-        dataset = kind(data_dir, source)
+        dataset = kind(data_dir, source, None)
         return DatasetInfo(
             *known,
             shape=kind.shape,
@@ -155,26 +162,46 @@ def _info(registry: Registry, plugin: Plugin, source: str | None, data_dir: Path
         )
     except BpfError as error:
         return DatasetInfo(*known, problem=str(error))
-    except Exception as error:  # one broken plugin must not break the list
+    except (Exception, SystemExit) as error:  # one broken plugin must not break the list
         return DatasetInfo(*known, problem=f"{type(error).__name__}: {error}")
 
 
 def _kind(registry: Registry, name: str) -> type[Dataset]:
-    kind = registry.load(name)
-    if not (isinstance(kind, type) and issubclass(kind, Dataset)):
-        raise UsageError(f"The dataset {name!r} is no subclass of bpf.data.base.Dataset.")
+    kind: type[Dataset] = registry.load_class(name, Dataset)
+    if problem := misdeclared(kind):
+        raise registry.refusal(name, problem)
     return kind
 
 
-def _read(name: str, dataset: Dataset) -> Arrays:
-    try:
+def _fingerprint(registry: Registry, name: str, dataset: Dataset) -> str:
+    with _naming(registry, name, "Looking at"):
+        return str(dataset.fingerprint())
+
+
+def _read(registry: Registry, name: str, dataset: Dataset) -> Arrays:
+    with _naming(registry, name, "Reading"):
         arrays = dataset.read()
-        validate(name, arrays, dataset.shape if dataset.image_size is None else None)
+        validate(f"{name!r}{_of(registry, name)}", arrays, dataset.shape if dataset.image_size is None else None)
+    return arrays
+
+
+@contextmanager
+def _naming(registry: Registry, name: str, doing: str) -> Iterator[None]:
+    """Whatever a plugin raises must not look like ours."""
+    try:
+        yield
     except (BpfError, MemoryError):
         raise
-    except Exception as error:  # whatever a plugin raises must not look like ours
-        raise RunError(f"Reading the dataset {name!r} failed: {type(error).__name__}: {error}") from error
-    return arrays
+    except (Exception, SystemExit) as error:
+        owner, reason = _of(registry, name), f"{type(error).__name__}: {error}"
+        cure = ". Mend or update it" if owner else ""
+        raise RunError(f"{doing} the dataset {name!r}{owner} failed: {reason}{cure}") from error
+
+
+def _of(registry: Registry, name: str) -> str:
+    """The distribution of a data set, where it is not bpf's."""
+    owner = registry.called(name.partition(":")[0]).partition("' of ")[2]
+    return f" of {owner}" if owner and not owner.startswith("bpf ") else ""
 
 
 def _is_cached(name: str, dataset: Dataset) -> bool:

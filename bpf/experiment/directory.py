@@ -19,7 +19,7 @@ from bpf.experiment import longer, places
 from bpf.experiment.file import FORMAT, Session, read
 from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
-from bpf.experiment.provenance import provenance, redacted
+from bpf.experiment.provenance import changed_plugins, provenance, redacted
 from bpf.experiment.settings import merged, stored_grid
 from bpf.files import exists, explaining, is_dir, write_text
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
@@ -317,3 +317,16 @@ def _foreign(directory: Path) -> Iterator[Path]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def naming_versions(directory: Path) -> Iterator[None]:
+    """Add to an error of the request which plugins have changed since the last start of what is there."""
+    try:
+        yield
+    except UsageError as error:
+        path = directory / "experiment.yaml"
+        sessions = read(path).sessions if path.is_file() else []
+        if sessions and (changes := changed_plugins(sessions[-1].get("versions", {}))) and changes not in str(error):
+            error.args = (f"{error} Since the last start here {changes}; if that is why, install what it was.",)
+        raise

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,19 @@ def _versions(plugins: Iterable[Plugin]) -> dict[str, str | None]:
             versions[library] = None
     others = {plugin.distribution: plugin.version for plugin in plugins if plugin.distribution != "bpf"}
     return versions | dict(sorted(others.items()))
+
+
+def changed_plugins(versions: Mapping[str, str | None]) -> str:
+    """In words, which plugins have changed since these versions were noted."""
+    changes = []
+    for name in sorted(versions.keys() - {"bpf", "python", *LIBRARIES}):
+        try:
+            if (now := metadata.version(name)) != versions[name]:
+                changes.append(f"{name} {versions[name]} has become {now}")
+        except metadata.PackageNotFoundError:
+            if versions[name]:
+                changes.append(f"{name} {versions[name]} has been uninstalled")
+    return " and ".join(changes)
 
 
 def _repository(directory: Path) -> dict[str, Any] | None:

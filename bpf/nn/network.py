@@ -4,6 +4,7 @@ Layer k of every run computes `a = h W^T + b`, batch norm (optional), activation
 Weights are `[runs, out, in]`, activations `[runs, batch, units]`, feedback matrices `[runs, units, targets]`.
 """
 
+import copy
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +153,8 @@ class Network:
         words joined by dots, and for a tensor without the run axis or of another type than the weights.
         """
         self.parameters[name] = self._checked(name, tensor, floating=True)
+        if not isinstance(rate, int | float):
+            raise ValueError(f"The rate of {name} is {rate!r}, and must be a number.")
         self.owned[name] = Owned(rate, saved)
         self.gradients[name] = torch.zeros_like(self.parameters[name])
 
@@ -182,6 +185,13 @@ class Network:
         """The names of what belongs to a model file: of `state` all that a rule has not left out."""
         return {name for name in self.state() if name not in self.owned or self.owned[name].saved}
 
+    def in_use(self) -> "Network":
+        """The same network with nothing but what belongs to a model file: for predicting."""
+        saved, bare = self.saved(), copy.copy(self)
+        bare.parameters = {name: tensor for name, tensor in self.parameters.items() if name in saved}
+        bare.buffers = {name: tensor for name, tensor in self.buffers.items() if name in saved}
+        return bare
+
     def _changes(self, buffer: str) -> bool:
         return buffer.startswith(RUNNING) or buffer in self.owned
 
@@ -191,6 +201,10 @@ class Network:
         if not re.match(OWN_NAME, name) or kind in _KINDS or name in self.parameters or name in self.buffers:
             raise ValueError(
                 f"{name!r} cannot be the name of a rule's tensor: give a new one, such as `rule.weight.0`."
+            )
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is {type(tensor).__name__}, and must be a tensor with the {self.runs} runs first."
             )
         if tensor.dim() == 0 or len(tensor) != self.runs:
             raise ValueError(f"{name} is {list(tensor.shape)}: the first axis is that of the {self.runs} runs.")

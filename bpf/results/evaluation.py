@@ -18,10 +18,10 @@ from bpf.errors import BpfError, UsageError, did_you_mean
 from bpf.experiment.file import read as read_experiment
 from bpf.experiment.grid import as_grid, expand
 from bpf.experiment.places import unexpanded
+from bpf.experiment.plugins import load_rules
 from bpf.files import check_place, is_dir, is_file, write_atomically
 from bpf.nn.losses import output_loss, squash_for
 from bpf.nn.losses import predict as squashed
-from bpf.registry import ALGORITHMS, Registry
 from bpf.results.models import Model, read
 from bpf.spec.grid import TUNABLE
 from bpf.spec.run import RunSpec
@@ -97,8 +97,7 @@ def _load(model: Model, name: str, data_dir: Path | None, image_size: int | None
 def _params(spec: RunSpec) -> dict[str, Any]:
     """The parameters of the cell that a run is an execution of; all that are tunable if its rule is not installed."""
     try:
-        rule = Registry(ALGORITHMS).load(spec.algorithm)
-        return dict(expand(as_grid(spec), {spec.algorithm: rule}).cells[0].params)
+        return dict(expand(as_grid(spec), load_rules([spec.algorithm])).cells[0].params)
     except BpfError:
         return {name: value for name in TUNABLE if (value := getattr(spec, name)) not in (None, spec.algorithm)}
 

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from bpf.algorithms import Problem
+from bpf.errors import UsageError
+from bpf.experiment.grid import check_run
 from bpf.experiment.plugins import load_rules
 from bpf.nn.layer import BATCH_NORM_EPSILON, Structure
 from bpf.nn.losses import squash_for
 from bpf.nn.network import Network
+from bpf.registry import ALGORITHMS, Registry
 from bpf.spec.run import RunSpec
 
 
@@ -72,15 +75,30 @@ class Prediction(nn.Module):
 
     def __init__(self, spec: RunSpec, shape: tuple[int, int, int], classes: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        kind = load_rules([spec.algorithm])[spec.algorithm]
-        problem = Problem(spec.problem_type, squash_for(spec.problem_type, spec.scaler))
-        self._rule = kind(kind.Options.model_validate(spec.rule_options()), problem)
+        try:
+            kind = load_rules([spec.algorithm])[spec.algorithm]
+        except UsageError as error:
+            raise UsageError(
+                f"A model of {spec.algorithm} predicts by this rule, so install what it was made with. {error}"
+            ) from error
         inputs = math.prod(shape)
         targets = inputs if spec.problem_type == "reconstruction" else classes
         self._structure = Structure(inputs, spec.widths, targets, spec.activation, spec.batch_norm, spec.use_bias)
         self._names = {f"tensor_{number}": name for number, name in enumerate(tensors)}
         for attribute, name in self._names.items():
             self.register_buffer(attribute, tensors[name][None])
+        try:
+            problem = Problem(spec.problem_type, squash_for(spec.problem_type, spec.scaler))
+            check_run(spec, kind)
+            self._rule = kind(kind.Options.model_validate(spec.rule_options()), problem)
+            with torch.no_grad():
+                tried = self.forward(torch.zeros(2, inputs, dtype=tensors["weight.0"].dtype))
+            if tried.shape != (2, targets):
+                raise ValueError(f"logits gives {list(tried.shape)} for two images, and must give {[2, targets]}")
+        except (Exception, SystemExit) as error:
+            said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            reason = f"it cannot use a model of it, which another version may have made: {said}"
+            raise Registry(ALGORITHMS).refusal(spec.algorithm, reason) from error
 
     def forward(self, pixels: Tensor) -> Tensor:
         tensors = {name: getattr(self, attribute) for attribute, name in self._names.items()}

@@ -21,6 +21,7 @@ from bpf.training.feed import Feed
 from bpf.training.record import Kept, Record, fraction
 from bpf.training.steps import Evaluation, Steps
 from bpf.training.tracking import Tracking
+from bpf.training.watch import prepared
 
 DIVERGED_LOSS = 1e6
 """A mean loss above it is no training any more, though numbers may stay finite for long after."""
@@ -61,7 +62,8 @@ class Cohort:
         self._squash = squash_for(first.problem_type, first.scaler)
         self._loss = output_loss(first.resolved_loss, self._squash)
         options = algorithm.Options.model_validate(first.rule_options())
-        self._rule = algorithm(options, Problem(first.problem_type, self._squash))
+        problem = Problem(first.problem_type, self._squash)
+        self._rule, self._predictor = algorithm(options, problem), algorithm(options, problem)  # as a model has it
         self._tracking = Tracking(trackers or {}, self._feed, self._rule, self._loss, first)
         # Neighbours with equal learning rates share one call of the optimizer on a CPU.
         self._stacked = sorted(range(len(specs)), key=lambda i: (specs[i].lr, specs[i].weight_decay, i))
@@ -221,7 +223,7 @@ class Cohort:
         seeds, inits = [spec.seed for spec in specs], [spec.bw_init for spec in specs]
         feedback = inits if has_feedback else None
         network = Network.build(structure, seeds, feedback, self._dtype, self._layerwise, self._device)
-        self._rule.prepare(network, list(zip(seeds, inits, strict=True)))
+        prepared(self._rule, network, list(zip(seeds, inits, strict=True)))
         return network.to(self._device)
 
     def _assemble(self, network: Network, optimizer_state: State | None) -> None:
@@ -242,7 +244,7 @@ class Cohort:
         self._steps = Steps(
             specs, self._rule, network, self._optimizer, self._feed, self._loss, self._recorder, self._layerwise
         )
-        self._validation = Evaluation(self._rule, network, self._feed, self._feed.val, self._loss)
+        self._validation = Evaluation(self._predictor, network, self._feed, self._feed.val, self._loss)
 
     def _track(self, number: int) -> None:
         step = self.epoch * self._steps.count + number + 1
@@ -296,7 +298,7 @@ class Cohort:
         """Test the best networks and keep them."""
         if not positions:
             return
-        test = Evaluation(self._rule, self._best_networks(positions), self._feed, self._feed.test, self._loss)
+        test = Evaluation(self._predictor, self._best_networks(positions), self._feed, self._feed.test, self._loss)
         scores = test.scores(Recorder(self._device, "a test", self._notice, able=False)).tolist()
         for i, position in enumerate(positions):
             run = self._stacked[position]

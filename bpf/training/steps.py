@@ -16,7 +16,7 @@ from bpf.spec.run import RunSpec
 from bpf.spec.schedules import factor
 from bpf.training.capture import Recorder, held
 from bpf.training.feed import Feed, Part
-from bpf.training.watch import Watch
+from bpf.training.watch import Watch, check_given
 
 EVALUATION_ROWS = 512
 
@@ -51,7 +51,7 @@ class Steps:
         rates = torch.tensor([spec.lr for spec in specs], dtype=dtype, device=device)
         self._pace, self._schedule, self._epochs = optimizer.pace, specs[0].schedule, specs[0].epochs
         self.rates, self._clip = self._pace.scaled(rates), specs[0].clip
-        self._watch = Watch(specs[0].algorithm, rule, layerwise)
+        self._watch = Watch(rule, layerwise)
         self._augmenting = Draws(self._seeds, self._clock, torch.float32)
         self._shuffles, self._size = specs[0].shuffle, specs[0].batch_size
         self._whole, rest = divmod(len(feed.train), self._size)
@@ -69,6 +69,7 @@ class Steps:
         for number in range(self.count):
             self._run(number)
             after(number)
+        self._watch.check(self._network)
         return self._totals / len(self._feed.train)
 
     def _run(self, number: int) -> None:
@@ -103,7 +104,7 @@ class Steps:
         if self._clip:
             clip_(self._network.gradients.values(), self._clip)
         self._optimizer.step(self._last_layer)
-        self._rule.updated(step)
+        self._watch.updated(step)
         add_scores(self._totals, step.loss_per_example, step.logits, labels, self._feed.classifies)
         self._clock.tick()
 
@@ -119,7 +120,9 @@ class Evaluation:
     """Mean loss and error of networks in use on a part: running statistics, no dropout, no augmentation."""
 
     def __init__(self, rule: Algorithm, network: Network, feed: Feed, part: Part, loss: Loss) -> None:
-        self._rule, self._network, self._feed, self._part, self._loss = rule, network, feed, part, loss
+        self._rule, self._feed, self._part, self._loss = rule, feed, part, loss
+        self._network = network.in_use()
+        self._absent = network.state().keys() - network.saved()
         self._whole = len(part) // EVALUATION_ROWS  # of any number of runs, so that sums round alike
         whole = self._whole * EVALUATION_ROWS
         self._order, self._rest = part.index[:whole].view(-1, EVALUATION_ROWS), part.index[None, whole:]
@@ -148,7 +151,13 @@ class Evaluation:
         runs = self._network.runs
         batch = self._feed.batch(self._part, rows)
         inputs, target, labels = (tensor.expand(runs, *tensor.shape[1:]) for tensor in batch)
-        logits = self._rule.logits(self._network, inputs)
+        try:
+            logits = self._rule.logits(self._network, inputs)
+        except KeyError as error:
+            if not self._absent.intersection(error.args):
+                raise
+            raise ValueError(f"logits needs {error}, which is not in a model: add it with saved=True") from error
+        check_given("what logits gives", logits, target.shape)
         add_scores(self._totals, self._loss(logits, target)[0], logits, labels, self._feed.classifies)
 
 

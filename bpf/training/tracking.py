@@ -1,15 +1,17 @@
 """The measurements of trackers while a cohort trains: on one probe batch, at an interval, and what they cost."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bpf.algorithms import Algorithm, Network
+from bpf.errors import PluginError
 from bpf.nn.losses import Loss
 from bpf.nn.randomness import Draws, generator
+from bpf.registry import TRACKERS, Registry
 from bpf.spec.run import RunSpec
 from bpf.trackers import Probe, Tracker
 from bpf.training.feed import Feed
@@ -45,7 +47,7 @@ class Tracking:
         values = {
             f"{tracker}/{name}": values.tolist()
             for tracker, instance in self._trackers.items()
-            for name, values in instance.measure(probe).items()
+            for name, values in _measured(tracker, instance, probe, records[0].tracked).items()
         }
         seconds = (time.perf_counter() - start) / len(records)
         moment = {"step": step, "epoch": step / self._steps}
@@ -62,3 +64,30 @@ class Tracking:
         rows = train.index[order[None, :PROBE_SIZE].to(self._feed.device)]
         inputs, target, _ = self._feed.batch(train, rows)
         return inputs, target
+
+
+def _measured(name: str, tracker: Tracker, probe: Probe, earlier: Iterable[str]) -> dict[str, Tensor]:
+    """What a tracker measures. Raises PluginError if it fails, or gives what are not values of each run."""
+    try:
+        before = {name: tensor._version for name, tensor in probe.network.state().items()}
+        values, runs = tracker.measure(probe), torch.Size([probe.network.runs])
+        for what, tensor in probe.network.state().items():
+            if tensor._version != before[what]:
+                raise ValueError(f"it changes the tensor {what} of the networks in training")
+        for what, each in values.items():
+            if not isinstance(what, str):
+                raise TypeError(f"{what!r} is no name")
+            if not isinstance(each, Tensor) or each.shape != runs or each.is_complex():
+                given = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+                raise TypeError(f"{what} is {given}, and must be a tensor {list(runs)}: one number of each run")
+        known = {each for each in earlier if each.startswith(f"{name}/")}
+        if known and known != {f"{name}/{what}" for what in values}:
+            raise ValueError(f"it measures other things than before: {', '.join(values)}")
+        return values
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        called = Registry(TRACKERS).called(name)
+        raise PluginError(
+            f"The {called} failed: {type(error).__name__}: {error}. Mend, update or leave it out."
+        ) from error

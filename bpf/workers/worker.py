@@ -20,12 +20,14 @@ import torch
 
 import bpf
 from bpf.data.cache import Data, load
-from bpf.errors import BpfError, DiskFull, RunError
+from bpf.errors import BpfError, DiskFull, PluginError, RunError
+from bpf.experiment.grid import resolve_options
 from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
 from bpf.files import explaining
 from bpf.interrupts import SIGNALS, Interrupted
+from bpf.registry import ALGORITHMS, Registry
 from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.cells import Claim, Row
@@ -98,6 +100,7 @@ class Worker:
         data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
         self._data = data.to(self._device)
         self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
+        resolve_options(grid, self._rules)  # so that those of another version are refused
         self._noticed: set[str] = set()
 
     def run(self) -> None:
@@ -145,8 +148,10 @@ class Worker:
             raise error
         except (MemoryError, torch.OutOfMemoryError):
             self._out_of_memory(claim, training.stacked if training else self._runs(claim))
-        except Exception:
-            self._raised(claim, traceback.format_exc())
+        except (Exception, SystemExit) as error:
+            of = Registry(ALGORITHMS).called(claim.rows[0].rule)
+            blame = f"\n{error}" if isinstance(error, PluginError) else f" (by the {of}: mend or update it)"
+            self._raised(claim, f"{traceback.format_exc().rstrip()}{blame}\n")
 
     def _open(self, claim: Claim) -> ClaimTraining:
         path, limit = self.job.checkpoint(claim.cohort), claim.rows[0].max_runs
