@@ -87,6 +87,7 @@ def reproduce(
         return _list(as_json)
     from bpf import api
     from bpf.console import tables
+    from bpf.experiment.settings import stored_grid
 
     effort = effort_of(workers, device, checkpoint_every, max_hours)
     check_targets(notify)
@@ -96,7 +97,8 @@ def reproduce(
     if quick:
         grid = published.quick(grid)
     changed = {"executions_per_trial": executions, "dataset": dataset}
-    grid = grid.model_copy(update={field: value for field, value in changed.items() if value is not None})
+    written = grid.model_dump(mode="json") | {field: value for field, value in changed.items() if value is not None}
+    grid = stored_grid(written)
     directory = directory or RUNS / f"reproduce-{Path(name).stem}{'-quick' if quick else ''}"
     experiment = api.open_tune(directory, grid, data_dir, place_of(None, None, None, False))
     if dry_run or not (quiet or as_json):

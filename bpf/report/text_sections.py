@@ -12,10 +12,14 @@ from bpf.experiment.grid import expand
 from bpf.report import comparing, tables
 from bpf.report.block import SCORES, Block, Section, Table
 from bpf.results import published, summary
+from bpf.spec.run import Settings
 from bpf.study.ranking import Ranked
 from bpf.words import counted, describe, duration, percent, plus_minus, word
 
 TOP = 15
+_TOLD = frozenset({"dataset", "problem_type", "objective", "epochs", "examples_frac", "val_frac", "output_loss"})
+_TOLD |= {"seed", "data_seed", "matmul_precision", "options", "device", "trackers", "tracker_every"}
+"""Settings that are told in sentences, or that change no numbers."""
 
 
 def run(block: Block) -> Section:
@@ -23,7 +27,7 @@ def run(block: Block) -> Section:
     counts = [
         counted(len(block.rows), "cell"),
         f"{counted(spec.executions_per_trial, 'execution')} each",
-        counted(spec.epochs, "epoch"),
+        "epochs and all else as each row says" if spec.rows else counted(spec.epochs, "epoch"),
     ]
     unfinished = sum(one.open for one in tables.coverage(block.rows))
     notes = []
@@ -41,6 +45,9 @@ def run(block: Block) -> Section:
         ["rules", ", ".join(block.rules)],
         ["numbers", f"float32, matrix products with precision {spec.matmul_precision}"],
     ]
+    for name, field in Settings.model_fields.items():
+        if name not in _TOLD and (value := getattr(spec, name)) != field.default:
+            facts.append([name, word(value)])
     for name in dict.fromkeys(name for row in block.rows for name in row.params):
         facts.append([name, ", ".join(map(word, tables.values_of(block.rows, name)))])
     if spec.lr_from:
@@ -55,7 +62,8 @@ def ranking(block: Block) -> Section:
     spread = "One execution: no spread"
     if executions > 1:
         spread = "Mean ± standard deviation over the executions of a cell, which differ in their seed"
-    note = f"{spread}. Ranked by {block.objective} alone; test scores are those of the objective's best epoch."
+    of = "last epoch" if block.experiment.grid.keep == "last" else "objective's best epoch"
+    note = f"{spread}. Ranked by {block.objective} alone; test scores are those of the {of}."
     found = [_ranked(block, block.best, "The best cell of each rule.")]
     if len(block.ranked) > len(block.best):
         top = block.ranked[:TOP]
