@@ -410,7 +410,8 @@ def test_a_rule_that_raises_for_one_cell_fails_there_only(
 
     faulty(fault)
     code, out, err = bpf("worker", "grid", "--device", "cpu", "--quiet")
-    trouble = "ZeroDivisionError: no such feedback: its cohort is tried again, each cell alone.\n"
+    blamed = "(by the algorithm 'dfa' of bpf 0.2.0: mend or update it)"
+    trouble = f"ZeroDivisionError: no such feedback {blamed}: its cohort is tried again, each cell alone.\n"
     assert (code, out, err) == (0, "", trouble)
     guilty = by_feedback(experiment)[GUILTY]
     assert (guilty.state, guilty.cause, guilty.result) == ("failed", "exception", None)
