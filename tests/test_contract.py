@@ -272,7 +272,7 @@ class GuessesForEver(Right):
 @pytest.mark.parametrize(
     ("kind", "check", "message"),
     [
-        (SumInsteadOfMean, "test_gradients_are_of_the_batch_mean", "not a gradient of the batch mean (a sum?)"),
+        (SumInsteadOfMean, "test_gradients_are_of_the_batch_mean", "not a gradient of the batch mean (a sum?"),
         (ChangesTheTarget, "test_changes_gradients_only", "the rule changes target"),
         (ReadsTheGlobalGenerator, "test_randomness_comes_from_the_seed", "the rule uses a global random generator"),
         (ForgetsABiasGradient, "test_every_gradient_is_written_and_finite", "the gradient of bias.0 is not written"),
@@ -284,7 +284,7 @@ class GuessesForEver(Right):
         (CountsItsSteps, "test_its_steps_can_be_recorded", "a step changes its steps by Python"),
         (KeepsTensorsInTheRule, "test_runs_can_leave", "keep per-run tensors in network.buffers"),
         (MixesTheRuns, "test_a_cohort_is_its_runs", "a run's numbers depend on what it is stacked with"),
-        (Remembers, "test_has_no_memory", "gradients depend on batches seen before"),
+        (Remembers, "test_has_no_undeclared_memory", "gradients depend on batches seen before"),
         (UpdatesTheStatisticsTwice, "test_changes_gradients_only", "running statistics of one forward pass"),
         (ChangesTheWeights, "test_changes_gradients_only", "the rule changes weight.0"),
         (IsNotLayerwise, "test_layerwise_rules_are_local", "so the rule is not layerwise"),

@@ -52,7 +52,15 @@ def run(block: Block) -> Section:
         facts.append([name, ", ".join(map(word, tables.values_of(block.rows, name)))])
     if spec.lr_from:
         facts.append(["lr", "that of each setup in the phase before"])
-    return Section("run", "What was run", notes, [Table(["setting", "value"], facts, words=(0, 1))])
+    return Section("run", "What was run", notes, [Table(["setting", "value"], facts, words=(0, 1)), *_rules(block)])
+
+
+def _rules(block: Block) -> Iterator[Table]:
+    """What each rule says of itself, where all are installed here."""
+    with suppress(BpfError):
+        found = block.experiment.rules()
+        lines = [[name, found[name].equation or "–", found[name].reference or "–"] for name in block.rules]
+        yield Table(["rule", "equation", "source"], lines, words=range(3))
 
 
 def ranking(block: Block) -> Section:

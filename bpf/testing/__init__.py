@@ -11,6 +11,7 @@ pytest then runs every check below. All of them train small stacked networks in 
 seconds.
 """
 
+from bpf.testing.bench import Bench, Case
 from bpf.testing.contract import AlgorithmContract
 
-__all__ = ["AlgorithmContract"]
+__all__ = ["AlgorithmContract", "Bench", "Case"]

@@ -1,7 +1,7 @@
 """What the contract is checked with: small networks, one batch of data, and comparisons of what comes out."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +37,33 @@ class Case:
     dropout: bool = False
 
 
+class Repeating(Draws):
+    """A batch that has every example twice gets the numbers of each twice: `count` examples are not repeated."""
+
+    count = 0
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return self._repeated(super().normal, purpose, shape)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        if shape[0] == 2:  # those of `normal`
+            return super().uniform(purpose, *shape)
+        return self._repeated(super().uniform, purpose, shape)
+
+    def _repeated(self, draw: Callable[..., Tensor], purpose: str, shape: tuple[int, ...]) -> Tensor:
+        if not self.count or 2 * self.count not in shape:
+            return draw(purpose, *shape)
+        once = draw(purpose, *(self.count if n == 2 * self.count else n for n in shape))
+        return torch.cat([once, once], 1 + shape.index(2 * self.count))
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A rule, prepared networks for it, and one batch of data; everything is determined by `case` and `runs`."""
+    """A rule, prepared networks for it, and one batch of data; everything is determined by `case` and `runs`.
+
+    All is float64: `inputs` [runs, batch, inputs], `target` [runs, batch, targets]. `run` takes a step, whose gradients
+    then stand in `network.gradients`.
+    """
 
     case: Case
     rule: Algorithm
@@ -68,7 +92,8 @@ class Bench:
     def step(self) -> Step:
         spec = RunSpec.model_construct(problem_type=self.case.problem_type, output_loss=self.case.loss)
         loss = output_loss(spec.resolved_loss, self.rule.problem.squash)
-        draws = Draws(self.seeds, Clock(self.inputs.device), torch.float64)
+        draws = Repeating(self.seeds, Clock(self.inputs.device), torch.float64)
+        draws.count = self.case.batch if self.inputs.shape[1] == 2 * self.case.batch else 0
         rates = torch.full((len(self.seeds),), 0.01, dtype=torch.float64)
         step = Step(self.network, self.inputs, self.target, loss, draws=draws, rates=rates)
         step.draw_mask = self.mask if self.case.dropout else step.draw_mask

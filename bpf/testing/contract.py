@@ -89,7 +89,7 @@ class AlgorithmContract:
 
     def test_every_gradient_is_written_and_finite(self) -> None:
         for case in self._all_cases():
-            bench = self._bench(case)
+            bench = self.bench(case)
             before = dict(bench.network.gradients)
             bench.run()
             for name, gradient in before.items():
@@ -101,7 +101,7 @@ class AlgorithmContract:
 
     def test_hidden_layers_learn(self) -> None:
         for case in self._all_cases():
-            bench = self._bench(case)
+            bench = self.bench(case)
             for name, gradient in bench.gradients().items():
                 if name in bench.network.owned:
                     continue
@@ -116,7 +116,7 @@ class AlgorithmContract:
 
     def test_reports_the_forward_pass(self) -> None:
         for case in self._all_cases():
-            bench = self._bench(case)
+            bench = self.bench(case)
             logits, _ = bench.clean_pass()
             step = bench.run()
             assert hasattr(step, "logits"), "step.logits is not set; step.train_output or step.output_error sets it"
@@ -129,13 +129,17 @@ class AlgorithmContract:
     def test_gradients_are_of_the_batch_mean(self) -> None:
         """A batch with every example twice has the same mean gradient, with batch norm too."""
         for case in self._structures():
-            bench = self._bench(case)
+            bench = self.bench(case)
             twice = replace(bench, inputs=bench.inputs.repeat(1, 2, 1), target=bench.target.repeat(1, 2, 1))
-            same(bench.gradients(), twice.gradients(), f"{case}: not a gradient of the batch mean (a sum?)")
+            same(
+                bench.gradients(),
+                twice.gradients(),
+                f"{case}: not a gradient of the batch mean (a sum? or random numbers of another origin than the step?)",
+            )
 
     def test_a_cohort_is_its_runs(self) -> None:
         for case in self._structures():
-            together = self._bench(case).gradients()
+            together = self.bench(case).gradients()
             for i, run in enumerate(RUNS):
                 alone = Bench.make(self.rule(), self.options, case, [run]).gradients()
                 part = {name: gradient[i : i + 1] for name, gradient in together.items()}
@@ -143,7 +147,7 @@ class AlgorithmContract:
 
     def test_runs_can_leave(self) -> None:
         for case in self._structures():
-            bench, index = self._bench(case), torch.tensor([2, 0])
+            bench, index = self.bench(case), torch.tensor([2, 0])
             inputs, target = bench.inputs[index], bench.target[index]
             seeds, network = (bench.seeds[2], bench.seeds[0]), bench.network.select(index)
             fewer = replace(bench, network=network, inputs=inputs, target=target, seeds=seeds)
@@ -151,10 +155,10 @@ class AlgorithmContract:
             with explained(f"{case}: keep per-run tensors in network.buffers, not in the rule"):
                 same(part, fewer.gradients(), f"{case}: numbers change when a run leaves")
 
-    def test_has_no_memory(self) -> None:
+    def test_has_no_undeclared_memory(self) -> None:
         """But what it declares: trackers ask the same rule for gradients of other batches, in between."""
         for case in self._structures():
-            bench = self._bench(case)
+            bench = self.bench(case)
             states = bench.states()
             first = bench.gradients()
             replace(bench, inputs=bench.inputs[:, :3] + 0.1, target=bench.target[:, :3]).run()
@@ -167,7 +171,7 @@ class AlgorithmContract:
             for seed in (1, 2):
                 with global_generators(seed) as state:
                     before = state()
-                    results.append(self._bench(case).gradients())
+                    results.append(self.bench(case).gradients())
                     assert state() == before, f"{case}: the rule uses a global random generator; use random_feedback"
             assert all(torch.equal(results[0][name], results[1][name]) for name in results[0]), (
                 f"{case}: equal seeds give unequal numbers"
@@ -179,7 +183,7 @@ class AlgorithmContract:
             return
         otherwise = "CUDA cannot record it; if it must, declare capturable = False"
         for case in self._structures():
-            bench = self._bench(case)
+            bench = self.bench(case)
             bench.run()
             before = held(bench.rule, bench.network)
             with torch.no_grad(), ReadsBack() as reads:
@@ -191,7 +195,7 @@ class AlgorithmContract:
 
     def test_changes_gradients_only(self) -> None:
         for case in self._structures():
-            bench = self._bench(case)
+            bench = self.bench(case)
             _, expected = bench.clean_pass()
             named = {**bench.network.parameters, "inputs": bench.inputs, "target": bench.target}
             before = {name: tensor.clone() for name, tensor in named.items()}
@@ -225,7 +229,7 @@ class AlgorithmContract:
         if not self.rule().layerwise:
             return
         for case in self._structures():
-            bench = self._bench(case)
+            bench = self.bench(case)
             step, learned = bench.step(), dict[int, Tensor]()
 
             def note(layer: Layer, learned: dict[int, Tensor] = learned) -> None:
@@ -270,7 +274,8 @@ class AlgorithmContract:
                 error = record.test["error"] or 0.0
                 assert error < GUESSING, f"the test error is {error}, about that of guessing"
 
-    def _bench(self, case: Case) -> Bench:
+    def bench(self, case: Case) -> Bench:
+        """The rule with networks and a batch; a rule whose own forward pass is another overrides it."""
         return Bench.make(self.rule(), self.options, case)
 
     def _structures(self) -> Iterator[Case]:

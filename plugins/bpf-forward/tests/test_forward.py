@@ -17,7 +17,7 @@ from bpf.data.cache import load
 from bpf.nn.randomness import Clock, Draws
 from bpf.spec.run import RunSpec
 from bpf.testing import AlgorithmContract
-from bpf.testing.bench import BATCH, Bench, Case, Tensors
+from bpf.testing.bench import Bench, Case, Tensors
 from bpf.training.cohort import Cohort
 
 RUNS, ROWS, INPUTS, WIDTHS, CLASSES = [(3, "ortho"), (5, "lecun")], 7, 6, (5, 4), 3
@@ -53,36 +53,8 @@ def three_ways(inputs: Tensor, target: Tensor, drawn: Tensor, scale: float = 1.0
 # The contract
 
 
-class Repeating(Draws):
-    """A batch twice as large gets the same random numbers twice."""
-
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        return self._repeated(super().normal, purpose, shape)
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        if shape[0] == 2:  # those of `normal`
-            return super().uniform(purpose, *shape)
-        return self._repeated(super().uniform, purpose, shape)
-
-    def _repeated(self, draw: Any, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        if 2 * BATCH not in shape:
-            return draw(purpose, *shape)
-        once = draw(purpose, *(BATCH if n == 2 * BATCH else n for n in shape))
-        return torch.cat([once, once], 1 + shape.index(2 * BATCH))
-
-
 @dataclass(frozen=True)
-class PerExample(Bench):
-    """For rules that draw something for each example: only with equal draws has a repeated batch an equal gradient."""
-
-    def step(self) -> Step:
-        step = super().step()
-        step.draws = Repeating(self.seeds, Clock(self.inputs.device), torch.float64)
-        return step
-
-
-@dataclass(frozen=True)
-class ThreeWays(PerExample):
+class ThreeWays(Bench):
     """The forward pass that ff reports is its own: labels in the pixels, layers normalised in between."""
 
     def clean_pass(self) -> tuple[Tensor, Tensors]:
@@ -97,7 +69,7 @@ class ThreeWays(PerExample):
 class ForwardForwardContract(AlgorithmContract):
     name = "ff"
 
-    def _bench(self, case: Case) -> Bench:
+    def bench(self, case: Case) -> Bench:
         return ThreeWays.make(self.rule(), self.options, case)
 
 
@@ -115,9 +87,6 @@ class TestForwardForwardReadoutContract(ForwardForwardContract):
 
 class TestForwardGradientContract(AlgorithmContract):
     name = "fg-a"
-
-    def _bench(self, case: Case) -> Bench:
-        return PerExample.make(self.rule(), self.options, case)
 
 
 class TestForwardGradientOfTwoPassesContract(TestForwardGradientContract):
