@@ -202,6 +202,8 @@ def test_options_of_a_rule_in_rows() -> None:
         ({"a": {"settings": {"algorithm": "dfa"}, "published": {"error": 101, **SOURCE}}}, "rows: 101 is not accepted"),
         ({"a": {"settings": {"algorithm": "dfa"}, "published": {"error": 1}}}, "rows: "),
         ({"a": {"settings": {"algorithm": "dfa", "dropout": 0.1}}}, "rows: a: dropout with objective loss"),
+        ({"a": ROWS["bp"], "b": {"settings": {"arch": 9}}}, "rows: b: a row states its algorithm."),
+        ({"a": {"settings": {"algorithm": "dfa", "options": "x"}}}, "rows: a: options: give each rule its options"),
         ([1, 2], "rows: [1, 2] is not accepted"),
         ({"a": 3}, "rows: 3 is not accepted"),
     ],

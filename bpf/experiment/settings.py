@@ -62,13 +62,9 @@ def merged(old: GridSpec, new: GridSpec, directory: Path, kind: str) -> GridSpec
 
 def stored_grid(spec: Mapping[str, Any]) -> GridSpec:
     """A grid spec as it was written down, in `experiment.yaml` or in the database. Raises UsageError."""
-    return build(GridSpec, _readable(spec))
-
-
-def _readable(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Without an imbalance factor that means nothing, which is written, too, and which a spec refuses."""
+    # an imbalance factor that means nothing is written, too, and a spec refuses it
     skewed = spec.get("skew_type") != ["none"]
-    return {name: value for name, value in spec.items() if name != "imbalance_factor" or skewed}
+    return build(GridSpec, {name: value for name, value in spec.items() if name != "imbalance_factor" or skewed})
 
 
 def _settings(grid: GridSpec, row: str) -> str:

@@ -106,7 +106,7 @@ def rows(block: Block) -> Section | None:
     table = Table(list(published.HEAD), published.lines(found), words=(0, len(published.HEAD) - 1))
     sources = []
     for one in found:
-        settings = " ".join(f"{name}={word(value)}" for name, value in _told(grid.rows[one.row].settings))
+        settings = " ".join(f"{name}={value}" for name, value in _told(grid.rows[one.row].settings))
         of = one.published
         read = "–" if of is None else f"{of.source} ({of.read_in}{f', {of.epoch} epoch' if of.epoch else ''})"
         sources.append([one.row, settings, read, " · ".join(one.choices) or "–"])
@@ -115,13 +115,17 @@ def rows(block: Block) -> Section | None:
     return Section("rows", "Published and ours", published.notes(grid, found), [table, known])
 
 
-def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _told(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Settings in words: the options of a rule one by one."""
     for name, value in settings.items():
         if name != "options":
-            yield name, ", ".join(map(word, value)) if isinstance(value, list | tuple) else value
+            yield name, _listed(value)
     for rule, options in settings.get("options", {}).items():
-        yield from ((f"{rule}.{name}", ", ".join(map(word, values))) for name, values in options.items())
+        yield from ((f"{rule}.{name}", _listed(values)) for name, values in options.items())
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(word, value)) if isinstance(value, list | tuple) else word(value)
 
 
 def pairs(block: Block) -> Section | None:

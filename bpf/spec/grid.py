@@ -164,6 +164,10 @@ class GridSpec(Settings):
                 raise ValueError(f"rows: {name!r}: a row's name has no colon, comma or wildcard.")
             if several := sorted(COMMON & row.settings.keys()):
                 raise ValueError(f"rows: {name}: {several[0]} is one for all rows. State it beside rows.")
+            if "algorithm" not in row.settings:
+                raise ValueError(f"rows: {name}: a row states its algorithm.")
+            if not isinstance(row.settings.get("options", {}), Mapping):
+                raise ValueError(f"rows: {name}: options: give each rule its options, as RULE: {{NAME: VALUE}}.")
             try:
                 algorithm = self.row(name).algorithm
             except ValidationError as error:
@@ -182,7 +186,7 @@ class GridSpec(Settings):
             common["imbalance_factor"] = self.imbalance_factor
         settings = dict(self.rows[name].settings)
         options = settings.pop("options", {})
-        algorithm = settings.get("algorithm", common["algorithm"])
+        algorithm = settings["algorithm"]
         known = algorithm if isinstance(algorithm, list | tuple) else [algorithm]
         shared = {rule: given for rule, given in self.options.items() if rule in known}
         return GridSpec.model_validate({**common, "options": shared | options, **settings})
