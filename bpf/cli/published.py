@@ -21,7 +21,7 @@ from bpf.cli.arguments import (
     print_json,
 )
 from bpf.cli.session import check_targets, observer, show_rows, train_all
-from bpf.cli.training import effort_of
+from bpf.cli.training import effort_of, warm_up
 from bpf.console.screen import say
 
 
@@ -96,6 +96,8 @@ def reproduce(
         grid = published.selected(grid, rows)
     if quick:
         grid = published.quick(grid)
+    if not dry_run:
+        warm_up()
     changed = {"executions_per_trial": executions, "dataset": dataset}
     written = grid.model_dump(mode="json") | {field: value for field, value in changed.items() if value is not None}
     grid = stored_grid(written)

@@ -83,7 +83,7 @@ def tune(
     """
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     if not (dry_run or plan_only):
-        _warm_up()
+        warm_up()
     from bpf import api
     from bpf.console import tables
     from bpf.experiment import handover
@@ -167,7 +167,7 @@ def resume(
     place = place_of(storage, None, None, False)
     experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
     if experiment.kind == "tune":
-        _warm_up()
+        warm_up()
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
@@ -217,7 +217,7 @@ def worker(
         tell(f"Nothing is left to claim in {joined}.")
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Let workers' imports begin, as soon as it is known that there will be workers: this process has its own to do."""
     from bpf.workers import processes
 
