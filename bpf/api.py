@@ -1,7 +1,7 @@
 """What the commands do, as functions on experiments that return plain values. Nothing here prints."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,23 @@ from bpf.data.scaling import check_channels
 from bpf.data.subsets import subset
 from bpf.errors import BpfError, UsageError
 from bpf.experiment import places
-from bpf.experiment.directory import Experiment, Place, naming_versions, open_experiment, prepare
+from bpf.experiment.bucket import Bucket, check_url
+from bpf.experiment.directory import NOWHERE_ELSE, Experiment, Place, open_experiment, prepare
 from bpf.experiment.grid import Grid, as_grid, check_run, expand, resolve_options
 from bpf.experiment.plugins import load_rules
+from bpf.experiment.provenance import naming_versions
 from bpf.experiment.settings import stored_grid
 from bpf.results import summary
 from bpf.results.summary import Outset
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec
-from bpf.spec.values import check_device
 from bpf.study.database import Database
-from bpf.study.patience import PATIENCE_SECONDS
+from bpf.study.seam import PATIENCE_SECONDS
+from bpf.workers.effort import AS_USUAL, Effort
 from bpf.workers.events import Trouble
 
 if TYPE_CHECKING:
+    from bpf.cluster.engine import Engine
     from bpf.experiment.forecast import Forecast, Stack
     from bpf.study.cells import Row
     from bpf.study.study import Study
@@ -60,47 +63,13 @@ class Planned:
         }
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How to train, without any effect on what comes out.
-
-    `workers` is how many processes, None for one per processor core or GPU; `device` is where, as in a spec or
-    several joined by commas. `max_hours` ends the work in an orderly way after that time. Raises UsageError for
-    what makes no sense.
-    """
-
-    workers: int | None = None
-    device: str | None = None
-    checkpoint_seconds: float = 30.0
-    max_hours: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least, kind in (
-            ("workers", self.workers, 1, int),
-            ("max_hours", self.max_hours, 0, (int, float)),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or value < least):
-                number = "whole number" if kind is int else "number"
-                raise UsageError(f"{name} {value!r}: give a {number} from {least} on.")
-        if self.device is not None:
-            try:
-                check_device(self.device)
-            except ValueError as error:
-                raise UsageError(f"device {self.device!r} is not accepted: {error}.") from None
-
-    def check_one_device(self) -> None:
-        """Raise UsageError if there are several devices, for what is trained in one process."""
-        if "," in (self.device or ""):
-            raise UsageError(f"device {self.device}: one process trains on one device. Give one of them.")
-
-
-def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
+def open_tune(directory: Path, grid: GridSpec, data_dir: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment of a grid in `directory`, new, gone on with or extended. Nothing is written yet."""
     with naming_versions(directory):
         return prepare(directory, "tune", resolve_options(grid, load_rules(grid.algorithm)), data_dir, place)
 
 
-def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Place()) -> Experiment:  # noqa: B008
+def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment of a single execution in `directory`. Nothing is written yet."""
     with naming_versions(directory):
         rules = load_rules([run.algorithm])
@@ -110,7 +79,7 @@ def open_train(directory: Path, run: RunSpec, data_dir: Path, place: Place = Pla
     return prepare(directory, "train", resolve_options(as_grid(run), rules), data_dir, place)
 
 
-def plan(experiment: Experiment, effort: Effort = Effort(), budget: float = 0.0, enough: float = 0.0) -> Planned:
+def plan(experiment: Experiment, effort: Effort = AS_USUAL, budget: float = 0.0, enough: float = 0.0) -> Planned:
     """Expand the experiment's grid; writes and downloads nothing, and needs no data.
 
     With a `budget` of so many seconds it also tells how long that takes in workers as `effort` has them, measured on
@@ -126,7 +95,7 @@ def plan(experiment: Experiment, effort: Effort = Effort(), budget: float = 0.0,
     extent = extent_of(spec.dataset, experiment.data_dir, spec.image_size)
     if info.problem:
         raise UsageError(f"The dataset {spec.dataset!r} cannot be used: {info.problem}")
-    if extent is None:
+    if extent is None or effort.elsewhere:  # other machines stack other numbers
         return Planned(grid, None)
     devices = hardware.devices(effort.device or spec.device, effort.workers)
     device = hardware.choose_device(devices[0])
@@ -172,31 +141,36 @@ def run(
     """
     from bpf.training import hardware
     from bpf.workers import supervisor
-    from bpf.workers.job import Job
+    from bpf.workers.job import Job, Terms
     from bpf.workers.stopping import Stop
     from bpf.workers.worker import Worker
+
+    if effort.on:  # imported while Ray starts
+        from bpf.cluster.driver import Driver
 
     spec = experiment.grid
     alone = experiment.kind == "train"
     if alone:
         effort.check_one_device()
-    devices = hardware.devices(effort.device or spec.device, 1 if alone else effort.workers)
+        if effort.on:
+            raise UsageError("A single execution is trained in this process; --on is for grids.")
+    device = effort.device or spec.device
+    devices = [] if effort.on else hardware.devices(device, 1 if alone else effort.workers)
     loaded = _check(experiment)
-    with experiment.running(), closing(_planned(experiment, command)) as study:
+    with (
+        _cluster(effort, device, experiment) as engine,
+        experiment.running(),
+        closing(_planned(experiment, command)) as study,
+    ):
         places.take(experiment.files, experiment.directory, experiment.mark)
+        if experiment.checkpoints:
+            Bucket(experiment.checkpoints, experiment.name).take(experiment.mark)
         if retry_failed:
             study.retry_failed()
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
+        where = (experiment.database, experiment.name, experiment.data_dir, experiment.files.resolve())
         jobs = [
-            Job(
-                experiment.database,
-                experiment.name,
-                experiment.data_dir,
-                experiment.files.resolve(),
-                device,
-                devices.count(device),
-                effort.checkpoint_seconds,
-            )
+            Job(*where, Terms(device, devices.count(device), effort.checkpoint_seconds), experiment.checkpoints)
             for device in devices[: max(1, outset.open)]
         ]
         if not outset.open:
@@ -204,12 +178,29 @@ def run(
                 return
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
-            if alone:
-                Worker(jobs[0], study, partial(observer, 1), stop, loaded).run()
+            study.patience = PATIENCE_SECONDS
+            study.on_wait = lambda reason: observer(0, Trouble(reason))
+            if engine is not None:
+                Driver(engine, experiment, study, loaded, device, effort, observer, stop).run()
+            elif alone:
+                Worker.of(jobs[0], study, partial(observer, 1), stop, loaded).run()
             else:
                 del loaded
-                study.patience, study.on_wait = PATIENCE_SECONDS, lambda reason: observer(0, Trouble(reason))
                 supervisor.Supervisor(jobs, study, observer, stop).run()
+
+
+def _cluster(effort: Effort, device: str, experiment: Experiment) -> "AbstractContextManager[Engine | None]":
+    """The Ray cluster that is asked for, if any."""
+    if effort.on is None:
+        return nullcontext()
+    if experiment.database.path is None and experiment.database.url.password:
+        raise UsageError(
+            "With --on every node reaches the server by itself, and what a task is given can be seen by others: leave "
+            "the password out of the URL, and put it in PGPASSWORD or ~/.pgpass of each node."
+        )
+    from bpf.cluster.engine import connected
+
+    return connected(effort.on, effort.workers, device, effort.workers_per_gpu)
 
 
 def store_plan(experiment: Experiment, command: Sequence[str]) -> None:
@@ -250,7 +241,7 @@ def join(
     storage: "Database",
     name: str | None,
     data_dir: Path | None,
-    checkpoints: Path | None,
+    checkpoints: Path | str | None,
     observe: "Callable[[Outset], AbstractContextManager[Observe]]",
     effort: Effort,
     files: Path | None = None,
@@ -262,7 +253,7 @@ def join(
     a request to stop.
     """
     from bpf.study.study import Study
-    from bpf.workers.job import Job
+    from bpf.workers.job import Job, Terms
     from bpf.workers.stopping import Stop
     from bpf.workers.worker import Worker
 
@@ -270,17 +261,19 @@ def join(
     with closing(Study.open(storage, name)) as study:
         spec = stored_grid(study.spec)
         files = files.resolve() if files else Path(study.settings.get("files", ""))
-        if checkpoints is not None:
+        if isinstance(checkpoints, Path):
             files = checkpoints.resolve() / study.experiment
         elif not files.is_absolute() or not files.is_dir():
             files = Path("bpf-checkpoints").resolve() / study.experiment
         places.take(files, None, {"experiment": study.experiment, "created": study.settings.get("created")})
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
-        where = (effort.device or "auto", 1, effort.checkpoint_seconds)
-        job = Job(Database.at(storage), study.experiment, data_dir or Path("data"), files, *where)
+        terms = Terms(effort.device or "auto", 1, effort.checkpoint_seconds)
+        url = checkpoints if isinstance(checkpoints, str) else study.settings.get("checkpoints")
+        where = (Database.at(storage), study.experiment, data_dir or Path("data"), files)
+        job = Job(*where, terms, check_url(url) if url else None)
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
-            Worker(job, study, partial(observer, 1), stop).run()
+            Worker.of(job, study, partial(observer, 1), stop).run()
         return study.experiment
 
 
@@ -296,7 +289,7 @@ def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool 
     return {"files": [str(path) for path in found], "bytes": size}
 
 
-def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
+def newest(root: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment below `root` that was touched last."""
     found = places.find(root)
     if not found:
@@ -304,7 +297,7 @@ def newest(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it
     return open_experiment(found[0], place)
 
 
-def newest_unfinished(root: Path, place: Place = Place()) -> Experiment:  # noqa: B008 - it is frozen
+def newest_unfinished(root: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment below `root` that was touched last and has something left to do."""
     newest(root, place)
     for directory in places.find(root):

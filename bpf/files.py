@@ -5,7 +5,6 @@ And so that what a user asks for is not written over something else: see `check_
 
 import errno
 import json
-import math
 import os
 import re
 import secrets
@@ -45,14 +44,6 @@ def exists(path: Path | str) -> bool:
 def at_home(path: str | Path) -> Path:
     """A path with `~` and `~user` written out; those of nobody stay as they are, where pathlib raises."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
-
-
-def memory_bytes() -> float:
-    """This machine's memory; infinite where the system does not tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # not on Windows, and not every system knows both
-        return math.inf
 
 
 @contextmanager

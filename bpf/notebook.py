@@ -28,6 +28,7 @@ from bpf.spec.run import RunSpec
 from bpf.study.ranking import as_json
 from bpf.words import counted
 from bpf.workers import processes
+from bpf.workers.effort import Effort
 
 if TYPE_CHECKING:
     import pandas
@@ -100,13 +101,17 @@ def tune(
     lr_from: str | Path | None = None,
     data_dir: str | Path = "data",
     workers: int | None = None,
+    on: str | None = None,
+    workers_per_gpu: int = 1,
     max_hours: float | None = None,
     keep_checkpoints: bool = False,
     quiet: bool = False,
 ) -> Opened:
     """Run a grid search in worker processes, or go on with it, and return the experiment.
 
-    `spec` has the fields of a spec file. With a `val_*` objective and no learning rate it takes those of the earlier
+    `spec` has the fields of a spec file; `on` is a Ray cluster, as in `bpf tune --on`.
+
+    With a `val_*` objective and no learning rate it takes those of the earlier
     phase, as `bpf tune` does: from `lr_from`, or from `directory`, and then lies in a directory inside it. Raises
     UsageError for a mistake, and Interrupted when it was stopped, by Ctrl-C or SIGTERM; the same call again goes on. A
     script that does not catch it ends in one line, with exit code 130. It can call this anywhere: the workers do not
@@ -114,13 +119,15 @@ def tune(
     """
     with _interruptible(Path(directory)):
         grid = spec if isinstance(spec, GridSpec) else build(GridSpec, spec)
-        processes.warm_up()
+        effort = Effort(workers, max_hours=max_hours, on=on, workers_per_gpu=workers_per_gpu)
+        if on is None:
+            processes.warm_up()
         place = Place(keep_checkpoints=keep_checkpoints)
         where, grid, taken = handover.begin(Path(directory), grid, Path(lr_from) if lr_from else None, place)
         experiment = api.open_tune(where, grid, Path(data_dir), place)
         if taken is not None and not quiet:
             tables.show_taken(taken)
-        return _run(experiment, api.Effort(workers, max_hours=max_hours), quiet)
+        return _run(experiment, effort, quiet)
 
 
 def train(
@@ -137,7 +144,7 @@ def train(
         run = spec if isinstance(spec, RunSpec) else build(RunSpec, spec)
         place = Place(keep_checkpoints=keep_checkpoints)
         experiment = api.open_train(Path(directory), run, Path(data_dir), place)
-        return _run(experiment, api.Effort(1, max_hours=max_hours), quiet)
+        return _run(experiment, Effort(1, max_hours=max_hours), quiet)
 
 
 def open(directory: str | Path) -> Opened:
@@ -158,7 +165,7 @@ def _interruptible(directory: Path) -> Iterator[None]:
         yield
 
 
-def _run(experiment: Experiment, effort: api.Effort, quiet: bool) -> Opened:
+def _run(experiment: Experiment, effort: Effort, quiet: bool) -> Opened:
     # A notebook's cell has no command line; what was called is in the spec.
     command = [f"bpf.{experiment.kind}", str(experiment.directory)]
     api.run(experiment, lambda outset: LiveProgress(outset, quiet), command, effort)

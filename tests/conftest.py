@@ -74,7 +74,7 @@ def train_here(supervisor: Supervisor) -> None:
     """What worker processes do, in this one."""
     [job, *_] = supervisor.jobs
     with closing(Study.open(job.storage, job.experiment)) as study:
-        Worker(job, study, partial(supervisor.observe, 1), supervisor.stop).run()
+        Worker.of(job, study, partial(supervisor.observe, 1), supervisor.stop).run()
 
 
 @pytest.fixture(scope="module")

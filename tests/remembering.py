@@ -12,7 +12,7 @@ import pytest
 from bpf.experiment.directory import open_experiment
 from bpf.interrupts import Interrupted
 from bpf.workers.events import Trained
-from bpf.workers.job import Job
+from bpf.workers.job import Job, Terms
 from bpf.workers.stopping import Stop
 from bpf.workers.worker import Worker
 
@@ -44,6 +44,7 @@ def remembered(directory: Path, key: tuple[Any, ...], make: Callable[[], Any]) -
 def stop_after_an_epoch(directory: Path) -> None:
     """Train what is planned there, and stop with a checkpoint."""
     experiment, stop = open_experiment(directory), Stop()
-    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, checkpoint_seconds=1e9)
+    where = (experiment.database, experiment.name, experiment.data_dir, experiment.files)
+    job = Job(*where, Terms(checkpoint_seconds=1e9))
     with closing(experiment.open_study()) as study, pytest.raises(Interrupted):
-        Worker(job, study, lambda event: stop.request() if isinstance(event, Trained) else None, stop).run()
+        Worker.of(job, study, lambda event: stop.request() if isinstance(event, Trained) else None, stop).run()

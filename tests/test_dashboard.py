@@ -40,7 +40,8 @@ def served(experiment: Experiment) -> Iterator[tuple[subprocess.Popen[str], str]
         from pathlib import Path
         from bpf.results import dashboard
         from bpf.study.database import Database
-        from bpf.experiment.directory import Place, open_experiment
+        from bpf.experiment.directory import open_experiment
+        from bpf.experiment.directory import Place
         directory, storage = Path(input()), input()
         experiment = open_experiment(directory, Place(Database.at(storage) if storage else None))
         dashboard.serve(experiment, 0, lambda url: print(url, flush=True))

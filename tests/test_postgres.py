@@ -40,7 +40,7 @@ from bpf.study.owner import Owner
 from bpf.study.study import Fenced, Study
 from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
-from bpf.workers.job import Job
+from bpf.workers.job import Job, Terms
 from bpf.workers.worker import Worker
 from invented import DIVERGED, IN_SCRIPTS, RECORD, record, result
 from servers import PostgresServer
@@ -815,8 +815,8 @@ def stored_plan(experiment: Experiment) -> Study:
 
 
 def worker_of(experiment: Experiment, study: Study, tell: Callable[[Event], object]) -> Worker:
-    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
-    return Worker(job, study, tell)  # type: ignore[arg-type]
+    job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+    return Worker.of(job, study, tell)  # type: ignore[arg-type]
 
 
 def outcomes(study: Study) -> dict[str, Any]:

@@ -20,15 +20,17 @@ from bpf.errors import UsageError
 from bpf.experiment.directory import Experiment, prepare
 from bpf.experiment.grid import resolve_options
 from bpf.experiment.plugins import load_rules
+from bpf.locks import is_held
 from bpf.results import summary
 from bpf.spec.grid import GridSpec
 from bpf.study import owner as owners
 from bpf.study import study as study_module
 from bpf.study.database import Database
-from bpf.study.owner import Owner, Progress, is_held
+from bpf.study.holder import Progress
+from bpf.study.owner import Owner
 from bpf.workers import worker as worker_module
 from bpf.workers.events import Event, Trained
-from bpf.workers.job import Job
+from bpf.workers.job import Job, Terms
 from bpf.workers.worker import Worker
 from waiting import eventually
 
@@ -89,8 +91,8 @@ def test_a_worker_notes_how_far_its_cohort_is(tmp_path: Path, monkeypatch: pytes
             seen.append(summary.status(experiment))
 
     with closing(experiment.open_study()) as study:
-        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
-        Worker(job, study, tell, data=load("digits", tmp_path)).run()
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+        Worker.of(job, study, tell, data=load("digits", tmp_path)).run()
     said = [status["workers"][0]["progress"] for status in seen]
     assert [progress["epoch"] for progress in said] == [0, 1, 2, 3]
     what = {"rule": "dfa", "arch": "8", "activation": "tanh", "cells": 2, "executions": 4, "epochs": 4}
@@ -112,8 +114,8 @@ def test_the_first_epoch_is_noted_if_it_was_long(
     monkeypatch.setattr(study_module.Study, "note", lambda study, owner, at: noted.append(at.epoch))
     monkeypatch.setattr(worker_module, "LONG_EPOCH_SECONDS", least)
     with closing(experiment.open_study()) as study:
-        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
-        Worker(job, study, lambda event: None).run()
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+        Worker.of(job, study, lambda event: None).run()
     assert noted == epochs
 
 

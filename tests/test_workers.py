@@ -36,7 +36,7 @@ from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
-from bpf.workers.job import Job
+from bpf.workers.job import Job, Terms
 from bpf.workers.worker import Worker
 from invented import IN_SCRIPTS
 from waiting import SECONDS, eventually
@@ -287,8 +287,8 @@ def test_a_supervisor_waits_for_workers_elsewhere_and_takes_over_from_dead_ones(
                 assert other.counts()["complete"] == 2
 
     with experiment.open_study() as study:
-        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
-        Worker(job, study, tell).run()
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+        Worker.of(job, study, tell).run()
     assert command[0].end() == 0, command[0].text
     assert command[0].text.count("Waiting for") == 2, "once each"
     assert [row.state for row in summary.rows(experiment)] == ["complete"] * 4
@@ -358,8 +358,8 @@ def train_here(experiment: Experiment, raised: str = "") -> list[Event]:
     """Train in this process; returns the troubles."""
     events: list[Event] = []
     with experiment.open_study() as study:
-        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, "cpu")
-        Worker(job, study, events.append).run()
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+        Worker.of(job, study, events.append).run()
     return [event for event in events if type(event).__name__ == "Trouble"]
 
 

@@ -106,12 +106,32 @@ ExperimentName = Annotated[
     ),
 ]
 Checkpoints = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--checkpoints",
-        help="A folder, shared with other machines, for the checkpoints and models of experiments.",
-        metavar="DIR",
+        help="A folder, shared with other machines, for the checkpoints and models of experiments; or a URL for their "
+        "checkpoints, such as s3://BUCKET/FOLDER.",
+        metavar="DIR|URL",
         show_default=False,
+    ),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        help="Train on a Ray cluster: ray (one for this command, on this machine), auto (the one that runs here, or is "
+        "named by RAY_ADDRESS), HOST:PORT of its head, or ray://HOST:PORT.",
+        metavar="ray|auto|ADDRESS",
+        show_default=False,
+    ),
+]
+WorkersPerGpu = Annotated[
+    int,
+    typer.Option(
+        "--workers-per-gpu",
+        parser=number_for("--workers-per-gpu", int, 1, 64),
+        help="With --on: so many workers share a GPU, and its memory.",
+        metavar="N",
     ),
 ]
 Notify = Annotated[
@@ -132,12 +152,22 @@ KeepCheckpoints = Annotated[
 ]
 
 
-def place_of(storage: str | None, name: str | None, checkpoints: Path | None, keep: bool) -> "Place":
+def place_of(storage: str | None, name: str | None, checkpoints: str | None, keep: bool) -> "Place":
     from bpf.experiment.directory import Place
     from bpf.study.database import Database
 
     usual = storage == os.environ.get("BPF_STORAGE")
-    return Place(Database.at(storage) if storage else None, name, checkpoints, keep, usual)
+    where = checkpoints_at(checkpoints) if checkpoints else None
+    return Place(Database.at(storage) if storage else None, name, where, keep, usual)
+
+
+def checkpoints_at(given: str) -> Path | str:
+    """A folder, or the URL of a store. Raises UsageError for one that cannot be."""
+    from bpf.experiment.bucket import check_url, is_url
+
+    if given.startswith("file://"):
+        return Path(given.removeprefix("file://"))
+    return check_url(given) if is_url(given) else Path(given)
 
 
 def opened(directory: Path | None, storage: str | None) -> "Experiment":

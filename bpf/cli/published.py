@@ -13,9 +13,11 @@ from bpf.cli.arguments import (
     Directory,
     MaxHours,
     Notify,
+    On,
     Quiet,
     Verbose,
     Workers,
+    WorkersPerGpu,
     number_for,
     place_of,
     print_json,
@@ -69,6 +71,8 @@ def reproduce(
     data_dir: DataDir = Path("data"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = "auto",
+    on: On = None,
+    workers_per_gpu: WorkersPerGpu = 1,
     max_hours: MaxHours = None,
     checkpoint_every: CheckpointEvery = 30.0,
     notify: Notify = None,
@@ -89,7 +93,7 @@ def reproduce(
     from bpf.console import tables
     from bpf.experiment.settings import stored_grid
 
-    effort = effort_of(workers, device, checkpoint_every, max_hours)
+    effort = effort_of(workers, device, checkpoint_every, max_hours, on, workers_per_gpu)
     check_targets(notify)
     grid = published.read(name)
     if rows:
@@ -97,7 +101,7 @@ def reproduce(
     if quick:
         grid = published.quick(grid)
     if not dry_run:
-        warm_up()
+        warm_up(effort, grid.device)
     changed = {"executions_per_trial": executions, "dataset": dataset}
     written = grid.model_dump(mode="json") | {field: value for field, value in changed.items() if value is not None}
     grid = stored_grid(written)

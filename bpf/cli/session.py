@@ -14,10 +14,10 @@ from bpf.errors import BpfError, RunError
 from bpf.words import counted
 
 if TYPE_CHECKING:
-    from bpf.api import Effort
     from bpf.console.progress import LiveProgress
     from bpf.experiment.directory import Experiment
     from bpf.results.summary import Outset
+    from bpf.workers.effort import Effort
 
     Observer = Callable[[Outset], LiveProgress]
 

@@ -18,11 +18,14 @@ from bpf.cli.arguments import (
     KeepCheckpoints,
     MaxHours,
     Notify,
+    On,
     Quiet,
     SpecFile,
     Storage,
     Verbose,
     Workers,
+    WorkersPerGpu,
+    checkpoints_at,
     opened,
     place_of,
     print_json,
@@ -36,7 +39,7 @@ from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec, digest
 
 if TYPE_CHECKING:
-    from bpf.api import Effort
+    from bpf.workers.effort import Effort
 
 MAX_WORKERS = 1024
 DRY_RUN_SECONDS, PLAN_SECONDS = 2.5, 1.0
@@ -56,6 +59,8 @@ def tune(
         bool, typer.Option("--plan-only", help="Store the plan and stop; `bpf worker` trains it.")
     ] = False,
     workers: Workers = "auto",
+    on: On = None,
+    workers_per_gpu: WorkersPerGpu = 1,
     max_hours: MaxHours = None,
     storage: Storage = None,
     experiment_name: ExperimentName = None,
@@ -82,13 +87,13 @@ def tune(
     What you fix is not tuned. A list is given as `--lr 1e-3,1e-2` or by repeating the option.
     """
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
+    effort = effort_of(workers, None, checkpoint_every, max_hours, on, workers_per_gpu)
     if not (dry_run or plan_only):
-        warm_up()
+        warm_up(effort, grid.device)
     from bpf import api
     from bpf.console import tables
     from bpf.experiment import handover
 
-    effort = effort_of(workers, None, checkpoint_every, max_hours)
     check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
@@ -97,7 +102,7 @@ def tune(
         tables.show_taken(taken)
     experiment = api.open_tune(directory, grid, data_dir, place)
     shown = dry_run or not (quiet or as_json)
-    budget = DRY_RUN_SECONDS if dry_run else PLAN_SECONDS if shown and not plan_only else 0.0
+    budget = DRY_RUN_SECONDS if dry_run else PLAN_SECONDS if shown and not (plan_only or effort.elsewhere) else 0.0
     planned = api.plan(experiment, effort, budget, 0.0 if dry_run else SHORT_SECONDS)
     if as_json and dry_run:
         print_json(planned.as_json() | {"handed_over": taken.as_json() if taken else None})
@@ -151,6 +156,8 @@ def resume(
         str | None,
         typer.Option(help="Where to train now, as in `bpf tune`.", metavar="DEVICE", show_default=False),
     ] = None,
+    on: On = None,
+    workers_per_gpu: WorkersPerGpu = 1,
     max_hours: MaxHours = None,
     storage: Storage = None,
     checkpoint_every: CheckpointEvery = 30.0,
@@ -162,12 +169,12 @@ def resume(
     """Go on with an experiment where it stopped (by default the newest unfinished one in runs/)."""
     from bpf import api
 
-    effort = effort_of(workers, device, checkpoint_every, max_hours)
+    effort = effort_of(workers, device, checkpoint_every, max_hours, on, workers_per_gpu)
     check_targets(notify)
     place = place_of(storage, None, None, False)
     experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
     if experiment.kind == "tune":
-        warm_up()
+        warm_up(effort, experiment.grid.device)
     if data_dir is not None:
         experiment = replace(experiment, data_dir=data_dir.resolve())
     if not (quiet or as_json):
@@ -212,24 +219,41 @@ def worker(
     else:
         raise UsageError("Name the experiment's directory, or the --storage that its study is kept in.")
     with interruptible("The cells go on with `bpf resume`, or another `bpf worker`."):
-        joined = api.join(where, experiment_name, data_dir, checkpoints, observer(quiet, verbose), effort, files)
+        kept = checkpoints_at(checkpoints) if checkpoints else None
+        joined = api.join(where, experiment_name, data_dir, kept, observer(quiet, verbose), effort, files)
     if not quiet:
         tell(f"Nothing is left to claim in {joined}.")
 
 
-def warm_up() -> None:
-    """Let workers' imports begin, as soon as it is known that there will be workers: this process has its own to do."""
+def warm_up(effort: "Effort", device: str) -> None:
+    """Let workers' imports begin, as soon as it is known that there will be workers: this process has its own to do.
+
+    Or let Ray begin, whose nodes have workers.
+    """
+    if effort.on:
+        from bpf.cluster import engine
+
+        engine.begin(effort.on, effort.workers, effort.device or device, effort.workers_per_gpu)
+        return
     from bpf.workers import processes
 
     processes.warm_up()
 
 
-def effort_of(workers: str, device: str | None, checkpoint_every: float, max_hours: float | None) -> "Effort":
-    from bpf.api import Effort
+def effort_of(
+    workers: str,
+    device: str | None,
+    checkpoint_every: float,
+    max_hours: float | None,
+    on: str | None = None,
+    workers_per_gpu: int = 1,
+) -> "Effort":
+    from bpf.workers.effort import Effort
 
     if workers != "auto" and not (re.fullmatch("[0-9]+", workers) and 1 <= int(workers) <= MAX_WORKERS):
         raise UsageError(f"--workers {workers}: give auto, or a number from 1 to {MAX_WORKERS}.")
-    return Effort(None if workers == "auto" else int(workers), device, checkpoint_every, max_hours)
+    count = None if workers == "auto" else int(workers)
+    return Effort(count, device, checkpoint_every, max_hours, on, workers_per_gpu)
 
 
 def _new(directory: Path) -> Path:

@@ -16,7 +16,8 @@ from bpf.data.base import Arrays, Dataset, Images, Labels
 from bpf.data.images import EXTENSIONS, decode
 from bpf.data.subsets import stratified_split
 from bpf.errors import BpfError, UsageError
-from bpf.files import at_home, exists, is_dir, is_file, memory_bytes
+from bpf.files import at_home, exists, is_dir, is_file
+from bpf.machine import memory_bytes
 
 TEST_SHARE, SPLIT_SEED = 0.2, 0  # of a source without its own test set
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpf.experiment.directory import Experiment, Place
+from bpf.experiment.directory import NOWHERE_ELSE, Experiment, Place
 from bpf.spec.grid import TUNABLE, GridSpec
 from bpf.study.database import Database
 
@@ -37,7 +37,7 @@ def tune(
     directory: Path,
     settings: Mapping[str, Any],
     data_dir: Path,
-    place: Place = Place(),  # noqa: B008 - it is frozen
+    place: Place = NOWHERE_ELSE,
     lr_from: Path | None = None,
 ) -> str | None:
     """The `bpf tune` of a grid that has all these `settings` (see `fields`); None if a command line cannot say it."""
@@ -59,7 +59,7 @@ def extend(experiment: Experiment, settings: Mapping[str, Any], lr_from: Path | 
 def place_of(experiment: Experiment) -> Place:
     """Where a command must say that an experiment is kept."""
     if experiment.is_here:
-        return Place()
+        return NOWHERE_ELSE
     usual = os.environ.get("BPF_STORAGE")
     known = Database.at(usual).public if usual else ""
     return Place(experiment.database, usual=known == experiment.database.public)

@@ -19,14 +19,14 @@ from bpf.experiment import longer, places
 from bpf.experiment.file import FORMAT, Session, read
 from bpf.experiment.grid import Grid, expand
 from bpf.experiment.plugins import load_rules, load_trackers
-from bpf.experiment.provenance import changed_plugins, provenance, redacted
+from bpf.experiment.provenance import provenance, redacted
 from bpf.experiment.settings import merged, stored_grid
 from bpf.files import exists, explaining, is_dir, write_text
+from bpf.locks import PROBE_SECONDS, is_held
 from bpf.registry import ALGORITHMS, DATASETS, TRACKERS, Registry
 from bpf.spec.grid import GridSpec
 from bpf.study.cells import Row
 from bpf.study.database import Database
-from bpf.study.owner import PROBE_SECONDS, is_held
 from bpf.study.view import StudyView
 
 if TYPE_CHECKING:
@@ -40,22 +40,40 @@ class Place:
     """Where the parts of an experiment lie if not in its directory, as asked for on the command line.
 
     `storage` is the database, `name` the experiment's name in it, `checkpoints` a folder for the checkpoints and
-    models of many experiments. A `storage` that is but the `usual` one is for new experiments: one that lies elsewhere
-    stays there.
+    models of many experiments, or a URL for their checkpoints alone. A `storage` that is but the `usual` one is for new
+    experiments: one that lies elsewhere stays there.
     """
 
     storage: Database | None = None
     name: str | None = None
-    checkpoints: Path | None = None
+    checkpoints: Path | str | None = None
     keep_checkpoints: bool = False
     usual: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoints, str) and self.keep_checkpoints:
+            raise UsageError(
+                f"--keep-checkpoints keeps them on this machine, not at {self.checkpoints}. Leave out one of them."
+            )
+
+    @property
+    def folder(self) -> Path | None:
+        return None if isinstance(self.checkpoints, str) else self.checkpoints
+
+    @property
+    def url(self) -> str | None:
+        return self.checkpoints if isinstance(self.checkpoints, str) else None
+
+
+NOWHERE_ELSE = Place()
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`kind` is tune or train; `name` is its name in `database`; `data_dir` is where its data sets lie.
 
-    `files` is where checkpoints and models lie; `keep_checkpoints` keeps those of finished cells.
+    `files` is where checkpoints and models lie, or the latter alone if there is a URL for `checkpoints`;
+    `keep_checkpoints` keeps those of finished cells.
     """
 
     directory: Path
@@ -67,6 +85,7 @@ class Experiment:
     database: Database
     files: Path
     keep_checkpoints: bool = False
+    checkpoints: str | None = None
 
     @property
     def begun(self) -> bool:
@@ -170,6 +189,7 @@ class Experiment:
             "created": self.created,
             "files": str(self.files.resolve()),
             "keep_checkpoints": self.keep_checkpoints,
+            **({"checkpoints": self.checkpoints} if self.checkpoints else {}),
         }
 
     def can_go_on(self, row: Row) -> bool:
@@ -217,6 +237,7 @@ class Experiment:
             "storage": None if self.is_here else self.database.public,
             "files": None if self.files == self.directory else str(self.files),
             "keep_checkpoints": self.keep_checkpoints,
+            **({"checkpoints": self.checkpoints} if self.checkpoints else {}),
             "data_dir": str(self.data_dir),
             "spec": self.grid.model_dump(mode="json"),
             "sessions": [*earlier, session],
@@ -235,7 +256,7 @@ class Experiment:
             yield from (registry.describe(name) for name in wanted if name in registry.names())
 
 
-def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: Place = Place()) -> Experiment:
+def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment in `directory` for these settings. Nothing is written.
 
     An experiment that is there already is gone on with if its settings are the same, or extended if only lists,
@@ -243,7 +264,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
     directory holds something else.
     """
     name = places.named(place.name or places.default_name(directory.resolve()))
-    files = place.checkpoints.resolve() / name if place.checkpoints else directory
+    files = place.folder.resolve() / name if place.folder else directory
     wanted = Experiment(
         directory,
         kind,
@@ -254,6 +275,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
         place.storage or _own_database(directory),
         files,
         place.keep_checkpoints,
+        place.url,
     )
     if not directory.exists():
         return wanted
@@ -270,7 +292,7 @@ def prepare(directory: Path, kind: str, grid: GridSpec, data_dir: Path, place: P
     return replace(present, grid=merged(present.grid, grid, directory, kind), data_dir=wanted.data_dir)
 
 
-def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
+def open_experiment(directory: Path, place: Place = NOWHERE_ELSE) -> Experiment:
     """The experiment in `directory`.
 
     Raises UsageError if it holds none, one that cannot be read, or one that lies in another `place`.
@@ -292,17 +314,21 @@ def open_experiment(directory: Path, place: Place = Place()) -> Experiment:
     if place.usual and database.public != stored.public:
         database = stored
     files = Path(content.files) if content.files else directory
-    moved = place.checkpoints.resolve() / content.name if place.checkpoints else files
+    moved = place.folder.resolve() / content.name if place.folder else files
     for what, asked, there in (
         ("study is kept in", database.public, stored.public),
         ("name is", place.name or content.name, content.name),
         ("checkpoints lie in", moved, files),
+        ("checkpoints lie at", place.url or content.checkpoints, content.checkpoints),
     ):
         if asked != there:
-            raise UsageError(f"The experiment in {directory} cannot be moved: its {what} {there}, not {asked}.")
+            raise UsageError(
+                f"The experiment in {directory} cannot be moved: its {what} {there or files}, not {asked}."
+            )
     kept = content.keep_checkpoints or place.keep_checkpoints
     data_dir, created = Path(content.data_dir), content.created
-    return Experiment(directory, content.kind, content.name, grid, data_dir, created, database, files, kept)
+    lying = (database, files, kept, content.checkpoints)
+    return Experiment(directory, content.kind, content.name, grid, data_dir, created, *lying)
 
 
 def _own_database(directory: Path) -> Database:
@@ -317,16 +343,3 @@ def _foreign(directory: Path) -> Iterator[Path]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def naming_versions(directory: Path) -> Iterator[None]:
-    """Add to an error of the request which plugins have changed since the last start of what is there."""
-    try:
-        yield
-    except UsageError as error:
-        path = directory / "experiment.yaml"
-        sessions = read(path).sessions if path.is_file() else []
-        if sessions and (changes := changed_plugins(sessions[-1].get("versions", {}))) and changes not in str(error):
-            error.args = (f"{error} Since the last start here {changes}; if that is why, install what it was.",)
-        raise

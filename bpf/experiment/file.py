@@ -64,7 +64,10 @@ class Session(TypedDict):
 
 
 class Content(BaseModel):
-    """What the file holds. `storage` and `files` are None where study and checkpoints lie beside it."""
+    """What the file holds. `storage` and `files` are None where study and checkpoints lie beside it.
+
+    `checkpoints` is a URL if those lie at one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,6 +76,7 @@ class Content(BaseModel):
     created: Annotated[str, AfterValidator(_check_moment)]
     storage: PathText | None = None
     files: PathText | None = None
+    checkpoints: PathText | None = None
     keep_checkpoints: bool = False
     data_dir: PathText
     spec: dict[str, Any]

@@ -7,14 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from bpf import __version__
-from bpf.files import memory_bytes
+from bpf.errors import UsageError
+from bpf.experiment.file import read
+from bpf.machine import memory_bytes
 from bpf.registry import Plugin
 
 PACKAGE = Path(__file__).parent.parent
@@ -102,6 +105,19 @@ def changed_plugins(versions: Mapping[str, str | None]) -> str:
             if versions[name]:
                 changes.append(f"{name} {versions[name]} has been uninstalled")
     return " and ".join(changes)
+
+
+@contextmanager
+def naming_versions(directory: Path) -> Iterator[None]:
+    """Add to an error of the request which plugins have changed since the last start of what is there."""
+    try:
+        yield
+    except UsageError as error:
+        path = directory / "experiment.yaml"
+        sessions = read(path).sessions if path.is_file() else []
+        if sessions and (changes := changed_plugins(sessions[-1].get("versions", {}))) and changes not in str(error):
+            error.args = (f"{error} Since the last start here {changes}; if that is why, install what it was.",)
+        raise
 
 
 def _repository(directory: Path) -> dict[str, Any] | None:

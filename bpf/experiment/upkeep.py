@@ -9,8 +9,9 @@ from bpf.errors import UsageError
 from bpf.experiment import places
 from bpf.experiment.directory import Experiment
 from bpf.files import TEMPORARY
+from bpf.locks import is_held
 from bpf.study.cells import OPEN, Row
-from bpf.study.owner import is_held, lock_files
+from bpf.study.owner import lock_files
 from bpf.study.study import Study
 
 _COHORT = re.compile(r"[0-9a-f]{16}\.pt")

@@ -56,22 +56,27 @@ class Own(BaseModel):
     predicts: bool = False
 
 
-def save(
-    path: Path,
+def content(
     network: dict[str, Tensor],
     spec: RunSpec,
     shape: tuple[int, int, int],
     classes: Collection[str],
     rule: type[Algorithm] = Algorithm,
-) -> None:
-    """Write a network, as `Cohort.best_network` gives it, with its spec, its images' shape (C, H, W) and classes."""
+) -> bytes:
+    """What a file holds of a network, as `Cohort.best_network` gives it: also its spec, and its images' shape (C, H, W)
+    and classes.
+    """
     told = {"spec": spec.model_dump_json(), "shape": json.dumps(shape), "classes": json.dumps(list(classes))}
     tensors = {name: tensor.contiguous() for name, tensor in network.items()}
     added = tensors.keys() - _expected(spec, shape, len(classes)).keys()
     own = Own(tensors={n: list(tensors[n].shape) for n in sorted(added)}, predicts=rule.logits is not Algorithm.logits)
     if own != Own():
         told["own"] = own.model_dump_json()
-    content = serialise(tensors, {"format": FORMAT, "digest": _digest(told, tensors), **told})
+    return serialise(tensors, {"format": FORMAT, "digest": _digest(told, tensors), **told})
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write the content of a model file."""
     write_atomically(path, lambda file: file.write(content))
 
 

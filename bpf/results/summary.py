@@ -13,7 +13,7 @@ from bpf.experiment.directory import Experiment
 from bpf.experiment.further import Further, further
 from bpf.experiment.grid import MAX_CELLS
 from bpf.study.cells import OPEN, STATES, Row, Tally
-from bpf.study.owner import Progress, Said
+from bpf.study.holder import Progress, Said
 from bpf.study.ranking import Ranked, rank, winners
 from bpf.study.ranking import best_per as ranking_per
 from bpf.study.view import StudyView

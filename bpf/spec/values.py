@@ -53,8 +53,22 @@ def check_interval(value: Any) -> str:
 
 
 def check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:N)?(,cuda:N)*".replace("N", "(0|[1-9][0-9]?)"), value):
+    one = "cpu|cuda(:(0|[1-9][0-9]?))?"
+    if not re.fullmatch(rf"auto|mps|({one})(,({one}))*", value):
         raise ValueError("give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps")
+    return value
+
+
+LOCAL, AUTO = "ray", "auto"
+"""What `--on` can be besides an address: a cluster of the command's own, and the one that runs."""
+
+
+def check_cluster(value: str) -> str:
+    if value not in (LOCAL, AUTO) and not re.fullmatch(r"(ray://)?([\w.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}", value):
+        raise ValueError(
+            "give ray for a cluster of the command's own on this machine, auto for the one that runs here, HOST:PORT "
+            "of its head, or ray://HOST:PORT"
+        )
     return value
 
 

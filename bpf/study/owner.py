@@ -9,95 +9,42 @@ import os
 import re
 import secrets
 import socket
-import stat
-import threading
 import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import sqlalchemy as sa
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
+from filelock import FileLock
 
-from bpf.errors import UsageError
+from bpf.locks import is_held
 from bpf.reading import json_of
 from bpf.study import stored
+from bpf.study.holder import Holder
 from bpf.study.schema import owners
 
 _LOCK = re.compile(r"[0-9a-f]{16}\.lock")
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
-PROBE_SECONDS = 1.0
-"""How long to wait for a lock that may only be probed: who looks whether it is held holds it for a moment."""
 
 
-Said = Annotated[str, Field(pattern=r"^[\w.:+ -]+$", max_length=700)]
-"""What an owner says of itself in words that a terminal may be given, whoever wrote it."""
+class Owner(Holder):
+    """A holder that is known as alive by a lock file in `locks`, for as long as this process lives.
 
-
-class Progress(BaseModel):
-    """How far an owner is with the cohort that it trains, as it stands in its `facts`.
-
-    `executions` are those stacked, `speed` is in examples a second over all of them in the last epoch. In `seconds`
-    this owner has trained from epoch `began` to `epoch`. `cost` is the work of the cohort, in the unit of its cells.
+    `pid` is the process that trains, if it is another one.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-    rule: Said
-    arch: Said
-    activation: Said
-    cells: int = Field(ge=1, le=10**9)
-    executions: int = Field(ge=1, le=10**9)
-    began: int = Field(ge=0, le=10**9)
-    epoch: int = Field(ge=0, le=10**9)
-    epochs: int = Field(ge=1, le=10**9)
-    speed: float = Field(ge=0)
-    seconds: float = Field(ge=0)
-    cost: float = Field(ge=0)
-
-    def after(self, epoch: int, seconds: float, speed: float) -> "Progress":
-        """How far it is when so many seconds have led to `epoch`."""
-        return self.model_copy(update={"epoch": epoch, "seconds": self.seconds + seconds, "speed": speed})
-
-    def as_json(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"began", "seconds", "cost"})
-
-    @property
-    def trained(self) -> float:
-        """The work of its `seconds`."""
-        return self.cost * max(0, self.epoch - self.began) / self.epochs
-
-    @property
-    def left(self) -> float | None:
-        """The seconds that its other epochs will take at its own pace; None before the first."""
-        done = self.epoch - self.began
-        return self.seconds / done * max(0, self.epochs - self.epoch) if done > 0 and self.seconds else None
-
-
-class Owner:
-    """A process's right to its cells; `facts` say to a person who it is (host, device, versions), and how far (`at`).
-
-    `lost` is set when another process has declared this owner dead; what it still trains is not its own any more.
-    """
-
-    def __init__(self, locks: Path, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, locks: Path, facts: dict[str, Any] | None = None, pid: int | None = None) -> None:
         locks.mkdir(parents=True, exist_ok=True)
-        self.begin_anew()
-        self.facts = facts or {}
+        super().__init__(secrets.token_hex(8), facts)
         self.lock = locks / f"{self.token}.lock"
         self._process = os.getpid()
+        self.pid = self._process if pid is None else pid
         self._lock = FileLock(self.lock, thread_local=False)
         self._lock.acquire()
-
-    def begin_anew(self) -> None:
-        """Become another owner, after having been declared dead; the file lock stays."""
-        self.token = secrets.token_hex(8)
-        self.lost = threading.Event()
 
     def close(self) -> None:
         """Let go. Cells that were not released before count as interrupted from here on."""
@@ -124,45 +71,12 @@ def machine() -> str:
     return f"{socket.gethostname()}/{started}"
 
 
-def is_held(lock: Path, unknown: bool | None = True) -> bool | None:
-    """Whether a living process holds the lock; None if there is no such file, `unknown` if it may not be opened."""
-    if lock.is_symlink() or not lock.is_file():  # to ask opens it for writing
-        return None
-    probe = FileLock(lock, thread_local=False)
-    try:
-        probe.acquire(blocking=False)
-    except Timeout:
-        return True
-    except OSError:  # in a directory that may only be read, or of another user
-        return unknown
-    probe.release()
-    return False
-
-
 def sweep(locks: Path) -> None:
     """Remove the lock files of owners that have died, and nothing that is called otherwise."""
     for path in lock_files(locks):
         if is_held(path) is False:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-def private(directory: Path) -> Path:
-    """A directory that only this user can write to, made if need be. Raises UsageError if it cannot be that."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
-        mine = stat.S_ISDIR(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
-        if mine and status.st_mode & 0o077 and os.name == "posix":
-            directory.chmod(0o700)
-    except OSError:
-        mine = False
-    if not mine:
-        raise UsageError(
-            f"{directory}, where workers are to keep their locks, is not a directory of yours. Set TMPDIR to one that "
-            "nobody else can write to."
-        )
-    return directory
 
 
 def lock_files(locks: Path) -> list[Path]:
@@ -180,17 +94,17 @@ def now(connection: sa.Connection) -> float:
 
 
 def enroll(connection: sa.Connection, experiment: str, owner: Owner) -> None:
-    """Make the owner known, or renew its lease; one that was declared dead gets a new token."""
+    """Make the owner known, or renew its lease; one that was declared dead gets a new token, and keeps its lock."""
     if renew(connection, experiment, owner):
         return
     if is_retired(connection, experiment, owner):
-        owner.begin_anew()
+        owner.begin_anew(secrets.token_hex(8))
     moment = now(connection)
     record = {
         "experiment": experiment,
         "token": owner.token,
         "machine": machine(),
-        "pid": os.getpid(),
+        "pid": owner.pid,
         "lock": str(owner.lock.resolve()),
         "facts": owner.facts,
         "began": moment,

@@ -14,11 +14,8 @@ import sqlalchemy as sa
 
 from bpf.errors import BpfError, Damaged, RunError, UsageError
 from bpf.study.database import Database, LostConnection, cause, corrupt, disk_is_full, passes
+from bpf.study.seam import FIRST_PAUSE, LONGEST_PAUSE
 from bpf.study.stored import Damage
-
-PATIENCE_SECONDS = 600.0
-"""How long a worker waits for a database that is away. It waits for a full disk as long as it takes."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
 P = ParamSpec("P")
 R = TypeVar("R")

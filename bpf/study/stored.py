@@ -86,6 +86,7 @@ class Settings(TypedDict, total=False):
     spec: _Grid
     created: str
     files: PathText
+    checkpoints: PathText
     former: list[Word]
     keep_checkpoints: bool
 

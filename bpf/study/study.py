@@ -13,7 +13,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,20 +21,18 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from bpf.errors import RunError
+from bpf.files import explaining
 from bpf.study import owner as owners
 from bpf.study import plan, schema
 from bpf.study.cells import Axis, Cell, Claim, Row
 from bpf.study.database import Database, LostConnection
 from bpf.study.growth import Growth
-from bpf.study.owner import Owner, Progress
+from bpf.study.holder import Holder, Progress
+from bpf.study.owner import Owner
 from bpf.study.patience import explained, failing, patient
+from bpf.study.seam import Fenced
 from bpf.study.trials import Trials, check_optuna
 from bpf.study.view import StudyView, locks_of, read_settings
-
-
-class Fenced(RunError):
-    """The cell belongs to another process by now; the outcome was not stored."""
 
 
 class Study(StudyView):
@@ -202,17 +200,27 @@ class Study(StudyView):
         return len(failed)
 
     @patient
-    def repair(self, blame: bool = True) -> int:
+    def repair(self, blame: bool = True, gone: Collection[str] = ()) -> int:
         """Clear up after dead processes; returns how many cells they left.
 
-        Without `blame` their deaths do not count against the cells, as when a person has killed them on purpose.
-        There is never a half-written cell to mend: see the top of this module.
+        Without `blame` their deaths do not count against the cells, as when a person has killed them on purpose. `gone`
+        are tokens of owners that are known to be dead. There is never a half-written cell to mend: see the top of this
+        module.
         """
         with self._transaction() as connection:
-            left = self._bury(connection, blame)
+            left = self._bury(connection, blame, gone)
             if self.database.path:  # elsewhere other experiments' locks lie beside ours
                 owners.sweep(self.locks)
         return left
+
+    @contextmanager
+    def enrolled(self, facts: dict[str, Any]) -> Iterator[Owner]:
+        """Be an owner of cells, known as alive meanwhile. Whoever leaves in order is retired."""
+        with explaining(self.locks):
+            owner = Owner(self.locks, facts)
+        with owner, self.renewing(owner):
+            yield owner
+            self.retire(owner)
 
     @contextmanager
     def renewing(self, owner: Owner) -> Iterator[None]:
@@ -241,7 +249,7 @@ class Study(StudyView):
             stop.set()
             thread.join()
 
-    def note(self, owner: Owner, progress: Progress) -> None:
+    def note(self, owner: Holder, progress: Progress) -> None:
         """Let readers know how far the owner is. It never waits and never fails: a busy or absent database is left so.
 
         On a server it is written together with the lease, every `RENEW_SECONDS`.
@@ -295,10 +303,10 @@ class Study(StudyView):
             return None
         raise Fenced(f"The cell {row.name} ({key}) is no longer owned by this process; its outcome was not stored.")
 
-    def _bury(self, connection: sa.Connection, blame: bool = True) -> int:
+    def _bury(self, connection: sa.Connection, blame: bool = True, gone: Collection[str] = ()) -> int:
         """Take the cells of owners that have died; returns how many there were."""
         left = 0
-        for token in self._dead(connection):
+        for token in self._dead(connection).union(gone):
             owners.retire(connection, self.experiment, token)
             for row in plan.interrupt(connection, self.experiment, token, blame):
                 left += 1

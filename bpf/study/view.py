@@ -18,6 +18,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from bpf.errors import Damaged, UsageError, did_you_mean
+from bpf.locks import private
 from bpf.study import owner as owners
 from bpf.study import plan, schema
 from bpf.study.cells import STATES, Axis, Row, Tally, Value
@@ -221,7 +222,7 @@ def locks_of(database: Database) -> Path:
     """
     if database.path:
         return database.path.parent / "locks"
-    return owners.private(Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}")
+    return private(Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}")
 
 
 def _user() -> str:

@@ -8,6 +8,7 @@ import torch
 
 from bpf.algorithms import Algorithm
 from bpf.errors import UsageError
+from bpf.machine import cores
 from bpf.spec.run import RunSpec
 from bpf.spec.values import MatmulPrecision
 from bpf.training.footprint import run_bytes
@@ -58,16 +59,6 @@ def devices(name: str, workers: int | None) -> list[str]:
         given = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     count = workers or (cores() if given == ["cpu"] else len(given))
     return [given[number % len(given)] for number in range(count)]
-
-
-def cores() -> int:
-    """Processor cores that this process may use: by its affinity and, in a container, by its quota."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(usable, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or `max`: no quota
-        return usable
 
 
 def crowding(device: torch.device, workers: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -22,31 +22,34 @@ import bpf
 from bpf.data.cache import Data, load
 from bpf.errors import BpfError, DiskFull, PluginError, RunError
 from bpf.experiment.grid import resolve_options
-from bpf.experiment.places import model_path
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
-from bpf.files import explaining
 from bpf.interrupts import SIGNALS, Interrupted
 from bpf.registry import ALGORITHMS, Registry
 from bpf.results import models
 from bpf.spec.run import RunSpec
 from bpf.study.cells import Claim, Row
-from bpf.study.owner import Owner, Progress
-from bpf.study.patience import PATIENCE_SECONDS
-from bpf.study.study import Fenced, Study
+from bpf.study.holder import Progress
+from bpf.study.seam import PATIENCE_SECONDS, Fenced, WorkerStudy
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
 from bpf.workers.claims import ClaimTraining, stored_run
 from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
-from bpf.workers.job import Job
+from bpf.workers.files import Files, open_files
+from bpf.workers.job import Job, Terms
 from bpf.workers.processes import accept_signals
 from bpf.workers.stopping import CutShort, Stop
+
+if TYPE_CHECKING:
+    from bpf.study.study import Study
 
 FULL_DISK_SECONDS = 5.0
 NOTE_SECONDS = 5.0
 """Least time between two notes of how far a cohort is; the first epoch is noted in any case if it took a while."""
 LONG_EPOCH_SECONDS = 1.0
+LEAST_PAUSE = 10
+"""So many times as long as a checkpoint took to store, it is trained before the next one."""
 
 
 def work(job: Job, connection: Connection) -> None:
@@ -70,9 +73,11 @@ def work(job: Job, connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
     accept_signals()
     try:
+        from bpf.study.study import Study
+
         os.chdir(job.home)
         with closing(Study.open(job.storage, job.experiment)) as study:
-            Worker(job, study, tell, stop).run()
+            Worker.of(job, study, tell, stop).run()
         tell(Left("done"))
     except Interrupted as stopped:
         tell(Left("cut short" if isinstance(stopped, CutShort) else "stopped"))
@@ -84,24 +89,39 @@ def work(job: Job, connection: Connection) -> None:
 
 @dataclass
 class Worker:
-    """One process's work on an experiment. `data` is loaded if it is not given."""
+    """One process's work on an experiment, whose cells and files are wherever `study` and `files` have them."""
 
-    job: Job
-    study: Study
+    study: WorkerStudy[Any]
+    files: Files
+    data: Data
+    terms: Terms
     tell: Callable[[Event], None]
     stop: Stop = field(default_factory=Stop)
-    data: Data | None = None
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        study: "Study",
+        tell: Callable[[Event], None],
+        stop: Stop | None = None,
+        data: Data | None = None,
+    ) -> Self:
+        """A worker where the study can be opened; `data` is loaded if it is not given."""
+        grid = stored_grid(study.spec)
+        data = data or load(grid.dataset, job.data_dir, grid.image_size)
+        return cls(study, open_files(job), data, job.terms, tell, stop or Stop())
 
     def __post_init__(self) -> None:
         grid = stored_grid(self.study.spec)
         self._executions, self._precision = grid.executions_per_trial, grid.matmul_precision
         self._keep = bool(self.study.settings.get("keep_checkpoints"))
-        self._device = choose_device(self.job.device)
-        data = self.data or load(grid.dataset, self.job.data_dir, grid.image_size)
-        self._data = data.to(self._device)
+        self._device = choose_device(self.terms.device)
+        self._data = self.data.to(self._device)
         self._rules, self._trackers = load_rules(grid.algorithm), load_trackers(grid.trackers)
         resolve_options(grid, self._rules)  # so that those of another version are refused
         self._noticed: set[str] = set()
+        self.holder: Any = None
 
     def run(self) -> None:
         """Train until nothing is pending.
@@ -111,14 +131,12 @@ class Worker:
         """
         settle(self._device, self._precision)
         self.study.patience, self.study.on_wait = PATIENCE_SECONDS, self._wait
+        self.files.on_wait = self._wait
         self.study.repair()
-        with explaining(self.study.locks):
-            owner = Owner(self.study.locks, self._facts)
-        with owner, self.study.renewing(owner):
-            self._owner = owner
+        with closing(self.files), self.study.enrolled(self._facts) as owner:
+            self.holder = owner
             while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
                 self._attend(claim)
-            self.study.retire(owner)
         counts = self.study.counts()
         if self.stop.asked and (counts["pending"] or counts["interrupted"]):
             raise self.stop.interruption()
@@ -130,6 +148,7 @@ class Worker:
             "device": str(self._device),
             "bpf": bpf.__version__,
             "torch": torch.__version__,
+            **self.terms.facts,
         }
 
     def _attend(self, claim: Claim) -> None:
@@ -154,11 +173,11 @@ class Worker:
             self._raised(claim, f"{traceback.format_exc().rstrip()}{blame}\n")
 
     def _open(self, claim: Claim) -> ClaimTraining:
-        path, limit = self.job.checkpoint(claim.cohort), claim.rows[0].max_runs
+        path, limit = self.files.checkpoint(claim.cohort, claim.resumed), claim.rows[0].max_runs
         try:
             training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
         except checkpoint.Unusable as problem:  # with the file away, it begins anew
-            aside = checkpoint.set_aside(path).name
+            aside = self.files.set_aside(claim.cohort)
             self.tell(Trouble(f"{problem}. It is kept as {aside}, and its cells are trained from their start."))
             training = ClaimTraining(claim, self._executions, limit, path, self._cohort)
         if training.epoch:
@@ -185,8 +204,9 @@ class Worker:
         shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
         self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
         at = self._begun(training)
-        self.study.note(self._owner, at)
+        self.study.note(self.holder, at)
         saved = noted = time.monotonic()
+        pause = self.terms.checkpoint_seconds
         while not training.done:
             began = time.perf_counter()
             training.run_epoch()
@@ -196,12 +216,12 @@ class Worker:
             self.tell(Trained(training.epoch, speed, training.objective))
             is_long = training.epoch == at.began + 1 and took >= LONG_EPOCH_SECONDS
             if is_long or time.monotonic() - noted >= NOTE_SECONDS:
-                self.study.note(self._owner, at)
+                self.study.note(self.holder, at)
                 noted = time.monotonic()
-            if self._owner.lost.is_set():
+            if self.holder.lost.is_set():
                 raise Fenced("The lease has run out.")
-            if self.stop.asked or time.monotonic() - saved >= self.job.checkpoint_seconds:
-                self._save(training)
+            if self.stop.asked or time.monotonic() - saved >= pause:
+                pause = max(self.terms.checkpoint_seconds, LEAST_PAUSE * self._save(training))
                 saved = time.monotonic()
             if self.stop.asked and not training.done:
                 raise self.stop.interruption()
@@ -212,7 +232,7 @@ class Worker:
         except Fenced:
             raise
         except RunError:  # the database is gone for good: what is trained need not be trained again
-            training.save()
+            self._store(training)
             raise
 
     def _begun(self, training: ClaimTraining) -> Progress:
@@ -232,11 +252,18 @@ class Worker:
             cost=sum(row.cost * (self._executions - row.done) for row in rows) / self._executions,
         )
 
-    def _save(self, training: ClaimTraining) -> None:
-        self._write(training.save)
+    def _save(self, training: ClaimTraining) -> float:
+        """Store a checkpoint; returns how many seconds that took."""
+        began = time.monotonic()
+        self._write(lambda: self._store(training))
         if any(row.kills for row in training.claim.rows):  # it got further, so what killed its workers is forgiven
             self.study.progressed(training.claim, training.epoch)
         self.tell(Saved())
+        return time.monotonic() - began
+
+    def _store(self, training: ClaimTraining) -> None:
+        training.save()
+        self.files.store(training.claim.cohort)
 
     def _finish(self, training: ClaimTraining) -> None:
         for outcome in training.outcomes(lambda row: self.study.history(row.key)):
@@ -257,10 +284,9 @@ class Worker:
             return
         network = training.network(run)
         if network is not None:
-            path = model_path(self.job.models, row.rule, row.key)
             spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
-            kind = self._rules[row.rule]
-            self._write(lambda: models.save(path, network, spec, shape, classes, kind))
+            content = models.content(network, spec, shape, classes, self._rules[row.rule])
+            self._write(lambda: self.files.save_model(row.rule, row.key, content))
 
     def _discard_models(self, rule: str) -> None:
         """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
@@ -268,11 +294,10 @@ class Worker:
         The best is looked for last: what had finished by then and is not the best will never be it, whatever other
         workers finish meanwhile.
         """
-        kept = models.kept(self.job.models, rule)
-        finished = self.study.finished(kept)
+        finished = self.study.finished(self.files.models(rule))
         best = self.study.best(rule)
         for key in finished - ({best[0]} if best is not None else finished):
-            models.discard(kept[key])
+            self.files.discard_model(rule, key)
 
     def _out_of_memory(self, claim: Claim, stacked: int) -> None:
         """Stack half as many runs; if it was one, the cell cannot be trained here."""
@@ -314,8 +339,7 @@ class Worker:
         )
 
     def _discard_checkpoint(self, claim: Claim) -> None:
-        with suppress(OSError):  # of no more use, and no reason to fail
-            self.job.checkpoint(claim.cohort).unlink(missing_ok=True)
+        self.files.discard(claim.cohort)
 
     def _cohort_size(self, row: Row) -> int:
         if row.max_runs:
@@ -325,7 +349,7 @@ class Worker:
         inputs = channels * height * width
         targets = inputs if spec.problem_type == "reconstruction" else len(self._data.classes)
         rule, examples = self._rules[spec.algorithm], len(self._data.train_labels)
-        return cohort_cells(spec, rule, self._executions, inputs, targets, examples, self._device, self.job.sharers)
+        return cohort_cells(spec, rule, self._executions, inputs, targets, examples, self._device, self.terms.sharers)
 
     def _wait(self, reason: str) -> None:
         """Let a person know, and go on waiting unless asked to stop."""

@@ -1,0 +1,56 @@
+"""The driver's side of the post: questions come to the desk, and answers go back."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+TAKE_SECONDS = 1.0
+PAUSE_SECONDS = 0.2
+LOST_SECONDS = 60.0
+ANSWERING = 8
+"""So many questions are answered at a time."""
+
+
+@contextmanager
+def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, bytes]]) -> Iterator[Any]:
+    """The actor of `post` that workers ask, whose questions `desk` answers meanwhile."""
+    actor = ray.remote(post).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000).remote()
+    closing = threading.Event()
+    answers: queue.SimpleQueue[tuple[str, bytes, bytes] | None] = queue.SimpleQueue()
+
+    def answer(ticket: str, question: bytes, payload: bytes) -> None:
+        with suppress(Exception):  # whoever asked asks again
+            answers.put((ticket, *desk(question, payload)))
+
+    def take() -> None:
+        while not closing.is_set():
+            try:
+                for asked in ray.get(actor.take.remote(TAKE_SECONDS), timeout=LOST_SECONDS):
+                    pool.submit(answer, *asked)
+            except Exception:  # Ray starts it again
+                closing.wait(PAUSE_SECONDS)
+
+    def give() -> None:
+        while (answered := answers.get()) is not None:
+            batch = [answered]
+            while not answers.empty() and (answered := answers.get()) is not None:
+                batch.append(answered)
+            with suppress(Exception):
+                actor.give.remote(batch)
+
+    with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool:
+        threads = [threading.Thread(target=each, name="bpf-post", daemon=True) for each in (take, give)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield actor
+        finally:
+            closing.set()
+            answers.put(None)
+            with suppress(Exception):
+                ray.kill(actor)
+            for thread in threads:
+                thread.join(LOST_SECONDS)

@@ -1,0 +1,298 @@
+"""The desk: it answers the questions of workers that can reach neither the study nor the experiment's files.
+
+A question and its answer are a JSON text and, where files go, some bytes. The driver has the desk; who carries the
+questions to it, and how (`post.py`), is all the same here.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError, validate_call
+
+from bpf.cluster.incoming import Incoming
+from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, REPORTS_A_SECOND, Unsized, kind_of
+from bpf.errors import BpfError, DiskFull
+from bpf.files import explaining
+from bpf.reading import Name, Word
+from bpf.study.cells import Cause, Claim, Row
+from bpf.study.holder import Progress
+from bpf.study.owner import LEASE_SECONDS, Owner
+from bpf.study.seam import Fenced
+from bpf.study.study import Study
+from bpf.workers import events
+from bpf.workers.events import Event
+from bpf.workers.files import Folder
+
+_KINDS = {kind.__name__: kind for kind in (events.Began, events.Trained, events.Saved, events.Ended, events.GivenUp)}
+_EVENTS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind) for name, kind in (_KINDS | {"Trouble": events.Trouble}).items()
+}
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass
+class Guest:
+    """A worker as the desk knows it: by the `seat` that it was given.
+
+    `token` is its holder's, here or in a database that it reaches by itself; `owner` is there if it owns through the
+    desk. `node` is the id of its node, and `where` says that in words; it was `heard` last at that `time.monotonic`.
+    """
+
+    seat: str
+    token: str = ""
+    node: str = ""
+    where: str = ""
+    owner: Owner | None = None
+    claim: Claim | None = None
+    heard: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class _Question:
+    """The last question that came on a line; asked again, it gets the same answer."""
+
+    number: int
+    answer: Future[tuple[bytes, bytes]]
+
+
+class Desk:
+    """Answers for the study and the files of one experiment; its methods may be called by several threads.
+
+    `hear` is told what happens to a worker. What a holder owns is known here; whoever owned before the driver was
+    started again has to come anew.
+    """
+
+    def __init__(self, study: Study, files: Folder, hear: Callable[[str, Event], None]) -> None:
+        self._study, self._files, self._hear = study, files, hear
+        self._hosts = study.database.path is not None
+        self._guests: dict[str, Guest] = {}
+        self._questions: dict[str, _Question] = {}
+        self._incoming = Incoming()
+        self._lock = threading.Lock()
+        self.stopping: set[str] | None = set()
+        """The seats that are to stop; None for all."""
+
+    def answer(self, question: bytes, payload: bytes = b"") -> tuple[bytes, bytes]:
+        """The answer to a question; to one that was asked before and whose answer was lost, the same one."""
+        asked = json.loads(question)
+        line, number = str(asked["line"]), int(asked["number"])
+        with self._lock:
+            known = self._questions.get(line)
+            new = known is None or known.number != number
+            if new:
+                known = self._questions[line] = _Question(number, Future())
+        assert known is not None
+        if new:
+            try:
+                known.answer.set_result(self._answer(asked, payload))
+            except BaseException as error:
+                known.answer.set_exception(error)
+        return known.answer.result()
+
+    def _answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
+        back = b""
+        try:
+            told: Any = getattr(self, f"do_{asked['do']}")(**asked["with"], **({"payload": payload} if payload else {}))
+            if isinstance(told, bytes):
+                back, told = told, None
+            answer = {"told": told}
+        except Unsized as question:
+            answer = {"unsized": asdict(question.row)}
+        except Fenced as error:
+            answer = {"fenced": str(error)}
+        except DiskFull as error:
+            answer = {"full": str(error.path)}
+        except BpfError as error:
+            answer = {"failed": str(error), "exit_code": error.exit_code}
+        except ValidationError as error:
+            answer = {"failed": f"A worker asked what makes no sense: {error}", "exit_code": 1}
+        except Exception as error:  # it must not leave the worker without an answer
+            answer = {"failed": f"{type(error).__name__}: {error}", "exit_code": 1}
+        return json.dumps(answer).encode(), back
+
+    # What workers ask about the study; see `WorkerStudy`.
+
+    def do_settings(self) -> dict[str, Any]:
+        return {"experiment": self._study.experiment, "settings": self._study.settings}
+
+    @validate_call
+    def do_enroll(self, seat: Word, facts: dict[str, Any], pid: int) -> str:
+        """Make a worker the owner of what it will claim; returns its token."""
+        with explaining(self._study.locks):
+            owner = Owner(self._study.locks, facts, pid)
+        with self._lock:
+            guest = self._guests.setdefault(seat, Guest(seat))
+            before, guest.owner, guest.token, guest.claim = guest.owner, owner, owner.token, None
+        if before is not None:
+            before.close()
+        return owner.token
+
+    @validate_call
+    def do_claim(self, token: Word, sizes: dict[str, Annotated[int, Field(ge=1)]]) -> dict[str, Any] | None:
+        """Cells to train; `sizes` says for each kind of cells that the worker knows how many are stacked."""
+
+        def size(row: Row) -> int:
+            if (known := sizes.get(kind_of(row))) is None:
+                raise Unsized(row)
+            return known
+
+        guest = self._guest(token)
+        assert guest.owner is not None
+        guest.claim = self._study.claim(guest.owner, size)
+        guest.token = guest.owner.token
+        return None if guest.claim is None else asdict(guest.claim)
+
+    @validate_call
+    def do_progressed(self, token: Word, epoch: Count) -> None:
+        self._study.progressed(self._claim(token), epoch)
+
+    @validate_call
+    def do_release(self, token: Word, max_runs: Count | None, cause: Cause | None) -> int:
+        return self._study.release(self._claim(token), max_runs=max_runs, cause=cause)
+
+    @validate_call
+    def do_finish(
+        self, token: Word, key: Word, value: float | None, state: str, result: dict[str, Any], payload: bytes = b"null"
+    ) -> None:
+        self._study.finish(self._claim(token), key, value, state, result, json.loads(payload))
+
+    @validate_call
+    def do_fail(self, token: Word, key: Word, error: str, cause: Cause) -> None:
+        self._study.fail(self._claim(token), key, error, cause)
+
+    @validate_call
+    def do_note(self, token: Word, progress: dict[str, Any], facts: dict[str, Any]) -> None:
+        guest = self._guest(token)
+        assert guest.owner is not None
+        guest.owner.facts |= facts
+        self._study.note(guest.owner, Progress.model_validate(progress))
+
+    @validate_call
+    def do_retire(self, token: Word) -> None:
+        with suppress(Fenced):
+            guest = self._guest(token)
+            assert guest.owner is not None
+            self._study.retire(guest.owner)
+            self.leave(guest.seat)
+
+    def do_counts(self) -> dict[str, int]:
+        return self._study.counts()
+
+    @validate_call
+    def do_history(self, key: Word) -> Any:
+        return json.dumps(self._study.history(key)).encode()
+
+    @validate_call
+    def do_best(self, rule: Name) -> tuple[str, float] | None:
+        return self._study.best(rule)
+
+    @validate_call
+    def do_finished(self, keys: list[Word]) -> list[str]:
+        return sorted(self._study.finished(keys))
+
+    # What workers tell of themselves.
+
+    @validate_call
+    def do_report(
+        self, seat: Word, node: Word, where: str, token: str, events: list[tuple[str, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """What happened to a worker; tells whether to stop, whether the cells are lost, and when to report next."""
+        with self._lock:
+            guest = self._guests.setdefault(seat, Guest(seat))
+            guest.heard, guest.node, guest.where = time.monotonic(), node, where
+            lost = bool(self._hosts and token and token != guest.token)
+            if not self._hosts:
+                guest.token = token
+            pause = max(REPORT_SECONDS, len(self._guests) / REPORTS_A_SECOND)
+            stop = self.stopping is None or seat in self.stopping
+        for kind, values in events:
+            self._hear(seat, _EVENTS[kind].validate_python(values))
+        return {"stop": stop, "lost": lost, "again": pause}
+
+    # Files.
+
+    @validate_call
+    def do_fetch(self, cohort: Word, at: Count) -> bytes:
+        """The bytes of a checkpoint from a place on; none after its end, or if there is no checkpoint."""
+        try:
+            with self._files.checkpoint(cohort).open("rb") as file:
+                file.seek(at)
+                return file.read(PART_BYTES)
+        except FileNotFoundError:
+            return b""
+
+    @validate_call
+    def do_store(self, cohort: Word, at: Count, digest: str | None, payload: bytes = b"") -> None:
+        """The next bytes of a checkpoint; with the SHA-256 of all of it they are the last."""
+        self._incoming.receive(self._files.checkpoint(cohort), at, digest, payload)
+
+    @validate_call
+    def do_set_aside(self, cohort: Word) -> str:
+        return self._files.set_aside(cohort)
+
+    @validate_call
+    def do_discard(self, cohort: Word) -> None:
+        self._files.discard(cohort)
+
+    @validate_call
+    def do_save_model(self, rule: Name, key: Word, payload: bytes = b"") -> None:
+        self._files.save_model(rule, key, payload)
+
+    @validate_call
+    def do_models(self, rule: Name) -> list[str]:
+        return sorted(self._files.models(rule))
+
+    @validate_call
+    def do_discard_model(self, rule: Name, key: Word) -> None:
+        self._files.discard_model(rule, key)
+
+    # What the driver does.
+
+    def guest(self, seat: str) -> Guest | None:
+        with self._lock:
+            return self._guests.get(seat)
+
+    def silent(self) -> list[Guest]:
+        """The workers that own through the desk and have not been heard of for as long as a lease lasts."""
+        with self._lock:
+            guests = [guest for guest in self._guests.values() if guest.owner is not None]
+        return [guest for guest in guests if time.monotonic() - guest.heard > LEASE_SECONDS]
+
+    def tokens(self) -> list[str]:
+        """Of everyone who may own cells."""
+        with self._lock:
+            return [guest.token for guest in self._guests.values() if guest.token]
+
+    def leave(self, seat: str) -> None:
+        """Let a worker go: what it has not given back is for others now."""
+        with self._lock:
+            guest = self._guests.pop(seat, None)
+        if guest is not None and guest.owner is not None:
+            guest.owner.close()
+
+    def close(self) -> None:
+        with self._lock:
+            guests = list(self._guests)
+        for seat in guests:
+            self.leave(seat)
+        self._incoming.close()
+
+    def _guest(self, token: str) -> Guest:
+        with self._lock:
+            for guest in self._guests.values():
+                if guest.owner is not None and guest.token == token:
+                    guest.heard = time.monotonic()
+                    return guest
+        raise Fenced("This worker was taken for dead; its cells are for others now.")
+
+    def _claim(self, token: str) -> Claim:
+        claim = self._guest(token).claim
+        if claim is None:
+            raise Fenced("This worker has claimed nothing.")
+        return claim

@@ -1,0 +1,333 @@
+"""The driver: it asks Ray for workers, watches them, and has the desk.
+
+It decides nothing about cells: the study does. When it dies, its workers end with it, and `bpf resume` goes on.
+"""
+
+import queue
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpf.cluster import post as posted
+from bpf.cluster.carrier import carried
+from bpf.cluster.desk import Desk, Guest
+from bpf.cluster.engine import Engine, Node, kinds
+from bpf.cluster.logs import NodeLogs
+from bpf.cluster.orders import order
+from bpf.data.cache import Data
+from bpf.errors import BpfError, RunError, UsageError
+from bpf.experiment.directory import Experiment
+from bpf.study.study import Study
+from bpf.words import counted
+from bpf.workers.effort import Effort
+from bpf.workers.events import Began, Ended, Event, Left, Observe, Saved, Trouble
+from bpf.workers.files import Folder
+from bpf.workers.stopping import CutShort, Stop
+from bpf.workers.supervisor import MAX_CRASHES, Crashed
+
+POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0
+"""Between two looks at the nodes and the counts of cells."""
+JUDGE_SECONDS = 5.0
+"""After the death of a worker: so long it may take until it is known whether its node has died."""
+AGAIN_SECONDS = 0.5
+GRACE_SECONDS = 5.0
+
+
+@dataclass
+class Seat:
+    """A place for a worker: an actor of Ray's, and the `work` that it does now, if any.
+
+    `name` changes when the worker in it does. `again` is when an actor that was lost is asked once more.
+    """
+
+    number: int
+    kind: str
+    actor: Any
+    attempt: int = 0
+    work: Any = None
+    again: float = 0.0
+    unfit: bool = False
+    doing: str = "starting"
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}-{self.attempt}"
+
+
+@dataclass
+class Driver:
+    """Runs workers on the nodes of a cluster until the experiment has nothing left to do.
+
+    The `effort` says how many at most; `device`, on what kinds of nodes.
+    """
+
+    engine: Engine
+    experiment: Experiment
+    study: Study
+    data: Data
+    device: str
+    effort: Effort
+    observe: Observe
+    stop: Stop
+    _seats: list[Seat] = field(default_factory=list)
+    _nodes: list[Node] = field(default_factory=list)
+    _lost: list[tuple[Seat, Guest, float, str]] = field(default_factory=list)
+    _crashes: int = 0
+    _number: int = 0
+    _cut_short: bool = False
+    _worked: bool = False
+    _told: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Return when every cell is finished, also those that workers elsewhere train.
+
+        Raises as `Supervisor.run` does, and UsageError for a cluster that cannot be used as it is asked for.
+        """
+        self._ray = self.engine.ray
+        self._nodes = self.engine.nodes()
+        self._kinds = kinds(self.device, self._nodes)
+        self._heard: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
+        self._logs = NodeLogs(self.experiment.directory)
+        self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
+        try:
+            self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self._ray)
+            with carried(self._ray, posted.Post, self._desk.answer) as self._post:
+                self._go_on()
+        finally:
+            self._end_all()
+
+    def _go_on(self) -> None:
+        looked, told = -LOOK_SECONDS, False
+        while True:
+            now = time.monotonic()
+            if now - looked >= LOOK_SECONDS or not self._working():
+                looked = now
+                counts = self.study.counts()
+                claimable, running = counts["pending"] + counts["interrupted"], counts["running"]
+                if self._is_over(claimable, running):
+                    return
+                if not self.stop.asked:
+                    self._look_at_nodes()
+                    self._place(claimable)
+                    self.engine.let_spare_go()
+                    if claimable and not told and not self._told_of_waiting():
+                        told = True
+            self._listen()
+            self._judge()
+            self._ask_to_stop()
+
+    def _is_over(self, claimable: int, running: int) -> bool:
+        """Whether nothing is left. Raises Interrupted when a request to stop has been met."""
+        if self.stop.asked and not self._working():
+            if claimable or running:
+                raise CutShort if self._cut_short else self.stop.interruption()
+            return True
+        if claimable or running or self._lost:
+            return False
+        end = time.monotonic() + GRACE_SECONDS  # those that find nothing end by themselves
+        while self._working() and time.monotonic() < end:
+            self._listen()
+        return True
+
+    # Workers.
+
+    def _look_at_nodes(self) -> None:
+        """Learn which nodes have come and gone; workers on those that will go are asked to leave."""
+        self._nodes = self.engine.nodes()
+        leaving = {node.id for node in self._nodes if node.leaving}
+        for seat in self._working():
+            guest = self._desk.guest(seat.name)
+            if guest is not None and guest.node in leaving and self._desk.stopping is not None:
+                self._desk.stopping.add(seat.name)
+        others = [node for node in self._nodes if node.kind not in self._kinds and (node.cpus or node.gpus)]
+        if others:
+            kind = "GPUs" if others[0].gpus else "no GPUs"
+            self._tell_once(f"A node with {kind} has joined; it is not used, as the others are of another kind.")
+        for guest in self._desk.silent():
+            self._bury(guest, blame=False)
+            self._tell(
+                0, Trouble(f"A worker on {guest.where} has been silent for too long; its cells go on elsewhere.")
+            )
+
+    def _place(self, claimable: int) -> None:
+        """Ask Ray for as many workers as there is room and work for."""
+        for kind in self._kinds:
+            there = [seat for seat in self._seats if seat.kind == kind and not seat.unfit]
+            unfit = sum(seat.unfit for seat in self._seats)
+            room = (
+                sum(node.seats(kind, self.effort.workers_per_gpu) for node in self._nodes if not node.leaving) - unfit
+            )
+            if self.effort.workers is not None:
+                room = self.effort.workers - (len(self._working()) - len(there))
+            idle = sum(self._desk.guest(seat.name) is None for seat in there)
+            for _ in range(min(room - len(there), claimable - idle)):
+                self._start(kind)
+
+    def _start(self, kind: str) -> None:
+        self._number += 1
+        seat = Seat(self._number, kind, self.engine.actor(kind))
+        self._seats.append(seat)
+        self._ask(seat)
+
+    def _ask(self, seat: Seat) -> None:
+        """Let a worker work in a seat, as soon as Ray has placed it."""
+        seat.attempt += 1
+        device = "cpu" if seat.kind == "cpu" else "cuda:0"  # Ray shows each actor the GPU that it has
+        sharers = 1 if seat.kind == "cpu" else self.effort.workers_per_gpu
+        own = {"seat": seat.name, "device": device, "sharers": sharers}
+        seat.work, seat.doing = seat.actor.work.remote({**self._order, **own}, self._post), "starting"
+
+    def _working(self) -> list[Seat]:
+        return [seat for seat in self._seats if not seat.unfit]
+
+    def _listen(self) -> None:
+        """Hear what workers tell, and notice those that have ended."""
+        works = {seat.work: seat for seat in self._seats if seat.work is not None}
+        ended: list[Any] = []
+        if works:
+            ended, _ = self._ray.wait(list(works), num_returns=len(works), timeout=POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+        self._hear()
+        for work in ended:
+            self._ended(works[work])
+        for seat in self._seats:
+            if seat.work is None and not seat.unfit and time.monotonic() >= seat.again:
+                self._ask(seat)
+
+    def _hear(self) -> None:
+        seats = {seat.name: seat for seat in self._seats}
+        while True:
+            try:
+                name, event = self._heard.get_nowait()
+            except queue.Empty:
+                return
+            self._worked = True
+            if isinstance(event, Saved) or (isinstance(event, Ended) and event.state != "failed"):
+                self._crashes = 0
+            seat = seats.get(name)
+            if seat is not None and isinstance(event, Began):
+                seat.doing = f"{event.rule} with arch {event.arch}"
+            guest = self._desk.guest(name)
+            self._logs.note(guest.where if guest else "", name, event)
+            if seat is not None:
+                self.observe(seat.number, event)
+
+    def _ended(self, seat: Seat) -> None:
+        """The work in a seat has ended, as the worker said, or with its process or its node."""
+        work, seat.work = seat.work, None
+        guest = self._desk.guest(seat.name)
+        where = guest.where if guest else ""
+        try:
+            left = Left(**self._ray.get(work))
+        except self._ray.exceptions.RayActorError as error:
+            seat.again = time.monotonic() + AGAIN_SECONDS
+            if guest is not None:
+                self._lost.append(
+                    (
+                        Seat(seat.number, seat.kind, None, seat.attempt, doing=seat.doing),
+                        guest,
+                        time.monotonic(),
+                        str(error),
+                    )
+                )
+                self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
+            return
+        except self._ray.exceptions.RayError as error:
+            raise RunError(f"Worker {seat.number} could not be run: {_line(error)}") from error
+        self._tell(seat.number, left, where)
+        self._cut_short |= left.how == "cut short"
+        if guest is not None:
+            self._bury(guest, blame=left.how == "crashed")
+        if left.how in ("unfit", "failed"):
+            self._unfit(seat, left)
+        elif left.how == "crashed":
+            seat.again = time.monotonic() + AGAIN_SECONDS
+            self._crashed(seat.number, seat.doing, left.text.strip().splitlines()[-1])
+        else:
+            self._seats.remove(seat)
+            self.engine.let_go(seat.actor)
+
+    def _unfit(self, seat: Seat, left: Left) -> None:
+        """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle."""
+        seat.unfit = True
+        if self._worked and any(self._desk.guest(other.name) for other in self._working()):
+            self._tell_once(f"{left.text} It is left out.")
+            return
+        error = UsageError(left.text) if left.how == "unfit" else BpfError(left.text)
+        error.exit_code = left.exit_code
+        raise error
+
+    def _judge(self) -> None:
+        """Take the cells of workers that died: they count as killed, unless their node has died with them."""
+        waiting = []
+        for seat, guest, when, reason in self._lost:
+            dead = guest.node not in {node.id for node in self._nodes}
+            if not dead and time.monotonic() - when < JUDGE_SECONDS:
+                waiting.append((seat, guest, when, reason))
+                continue
+            self._bury(guest, blame=not dead)
+            if dead:
+                self._tell(0, Trouble(f"The node {guest.where} was lost; what was trained there goes on elsewhere."))
+            else:
+                self._crashed(seat.number, seat.doing, _line(reason))
+        self._lost = waiting
+
+    def _bury(self, guest: Guest, blame: bool) -> None:
+        if guest.token:
+            self.study.repair(blame, [guest.token])
+        self._desk.leave(guest.seat)
+
+    def _crashed(self, number: int, doing: str, reason: str) -> None:
+        self._crashes += 1
+        if self._crashes >= max(MAX_CRASHES, len(self._seats)):
+            raise Crashed(
+                f"{self._crashes} workers in a row have crashed, the last one {reason}, while {doing}. "
+                "Nothing finished is lost."
+            )
+        if not self.stop.asked:
+            self._tell(number, Trouble(f"Worker {number} crashed ({reason}) and is started again."))
+
+    def _ask_to_stop(self) -> None:
+        if not self.stop.asked or self._desk.stopping is None:
+            return
+        self._desk.stopping = None
+        for seat in self._working():
+            if self._desk.guest(seat.name) is None:  # Ray has not placed it yet
+                self._seats.remove(seat)
+                self.engine.let_go(seat.actor)
+
+    def _end_all(self) -> None:
+        """Let everything go; after an error or a second Ctrl-C, what is not stored now is trained again."""
+        for seat in self._seats:
+            self.engine.let_go(seat.actor)
+        tokens = self._desk.tokens()
+        if tokens:
+            with suppress(RunError):
+                self.study.repair(False, tokens)
+        self._desk.close()
+
+    # What is told.
+
+    def _tell(self, number: int, event: Event, where: str = "") -> None:
+        self._logs.note(where, str(number), event)
+        self.observe(number, event)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._tell(0, Trouble(text))
+
+    def _told_of_waiting(self) -> bool:
+        """Tell when no node has room for anyone."""
+        if any(node.seats(kind, self.effort.workers_per_gpu) for node in self._nodes for kind in self._kinds):
+            return False
+        self._tell_once(f"Waiting for nodes: the cluster has {counted(len(self._nodes), 'node')}, and none has room.")
+        return True
+
+
+def _line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

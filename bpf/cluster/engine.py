@@ -1,0 +1,262 @@
+"""Ray: how a cluster is made or joined, what nodes it has, and how many workers they take."""
+
+import logging
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from bpf.cluster import post
+from bpf.errors import BpfError, RunError, UsageError
+from bpf.extras import need
+from bpf.machine import cores
+from bpf.spec.values import AUTO, LOCAL
+from bpf.words import counted
+
+SHARE = 10_000
+"""Ray counts shares of a GPU in parts of this."""
+READY = 16
+"""So many workers are made ready while the request is looked at."""
+_HERE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, nothing listens beyond the loopback device
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+}
+"""What makes a cluster of this command's own one that nobody else can use."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, with so many processor cores and GPUs for Ray to give; `leaving` when it is drained."""
+
+    id: str
+    address: str
+    host: str
+    cpus: int
+    gpus: int
+    leaving: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def seats(self, kind: str, per_gpu: int) -> int:
+        """How many workers it takes."""
+        if kind == "cpu":
+            return self.cpus
+        return min(self.gpus * per_gpu, max(self.cpus, self.gpus))
+
+
+def module() -> Any:
+    """Ray itself. Raises UsageError if it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return need("ray", "--on", "Ray", "ray")
+
+
+class Engine:
+    """A connection to a cluster. It begins at once, in a thread, while this process does other things."""
+
+    def __init__(self, on: str, workers: int | None, device: str, per_gpu: int) -> None:
+        self.on, self.workers, self.device, self.per_gpu = on, workers, device, per_gpu
+        self._ready_made: list[tuple[str, Any]] = []
+        self._environment: dict[str, str | None] = {}
+        self._failure: BaseException | None = None
+        self._ready, self._closing = threading.Event(), threading.Event()
+        if on == LOCAL:
+            self._prepare()
+        self.ray = module()
+        # Ray's processes end with the thread that has started them, so it lives as long as the connection.
+        self._thread = threading.Thread(target=self._live, name="bpf-ray", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the connection. Raises UsageError if there is no such cluster, or it refuses us."""
+        while not self._ready.wait(0.2):  # so that Ctrl-C is seen
+            pass
+        if self._failure is not None:
+            raise self._explained(self._failure) from self._failure
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        for name, value in self._environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    @property
+    def dashboard(self) -> str:
+        """Where Ray's dashboard is, such as `127.0.0.1:8265`; empty if it does not run."""
+        with suppress(Exception):  # of no more importance than that
+            return str(self.ray._private.worker.get_dashboard_url() or "")
+        return ""
+
+    def nodes(self) -> list[Node]:
+        """The living nodes. Raises RunError when the cluster is gone."""
+        try:
+            listed = self.ray.nodes()
+        except Exception as error:
+            raise RunError(f"The Ray cluster cannot be reached any more: {_line(error)}") from error
+        leaving = self._draining()
+        return [
+            Node(
+                node["NodeID"],
+                node["NodeManagerAddress"],
+                node["NodeManagerHostname"],
+                int(node["Resources"].get("CPU", 0)),
+                int(node["Resources"].get("GPU", 0)),
+                node["NodeID"] in leaving,
+            )
+            for node in listed
+            if node["Alive"]
+        ]
+
+    def _draining(self) -> Mapping[str, Any]:
+        """The nodes that Ray is about to take away. Not public, so it may be missing: then their loss is noticed."""
+        with suppress(Exception):
+            found: Mapping[str, Any] = self.ray._private.state.state.get_draining_nodes()
+            return found
+        return {}
+
+    def actor(self, kind: str) -> Any:
+        """A new seat: an actor with a processor core, a GPU or a share of one. Ray places it when there is room."""
+        for number, (made, actor) in enumerate(self._ready_made):
+            if made == kind:
+                del self._ready_made[number]
+                return actor
+        share = int(SHARE / self.per_gpu) / SHARE
+        resources = {"num_cpus": 1} if kind == "cpu" else {"num_cpus": 0, "num_gpus": share}
+        return self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote()
+
+    def let_go(self, actor: Any) -> None:
+        with suppress(Exception):
+            self.ray.kill(actor)
+
+    def let_spare_go(self) -> None:
+        """Free what was made ready and is not needed."""
+        while self._ready_made:
+            self.let_go(self._ready_made.pop()[1])
+
+    def _make_ready(self) -> None:
+        """Let some workers begin their imports: they take as long as Ray takes to start."""
+        nodes = self.nodes()
+        made: list[tuple[str, Any]] = []
+        for kind in kinds(self.device, nodes):
+            room = sum(node.seats(kind, self.per_gpu) for node in nodes)
+            made += [(kind, self.actor(kind)) for _ in range(min(room, self.workers or room, READY) - len(made))]
+        for _, actor in made:
+            actor.prepare.remote()
+        self._ready_made = made
+
+    def _live(self) -> None:
+        try:
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if self.on == LOCAL:
+                cpus = max(cores(), self.workers or 0)
+                self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            else:
+                self.ray.init(address=self.on, **quiet)
+            self.ray.cloudpickle.register_pickle_by_value(post)
+            with suppress(BpfError):  # which is found again, and told, when the cluster is needed
+                self._make_ready()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._ready.set()
+        self._closing.wait()
+        with suppress(Exception):
+            self.ray.cloudpickle.unregister_pickle_by_value(post)
+        with suppress(Exception):
+            self.ray.shutdown()
+
+    def _prepare(self) -> None:
+        """Let nobody but this process use the cluster that it makes."""
+        wanted = dict(_HERE)
+        if os.environ.get("RAY_AUTH_MODE") in (None, "token") and not os.environ.get("RAY_AUTH_TOKEN"):
+            wanted["RAY_AUTH_TOKEN"] = os.urandom(32).hex()
+        else:
+            del wanted["RAY_AUTH_MODE"]  # as the user has it
+        self._environment = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+
+    def _explained(self, error: BaseException) -> UsageError:
+        said = _line(error)
+        if isinstance(error, ImportError):
+            cure = "pip install 'bpf[ray]' has what ray:// needs."
+        elif re.search("token|auth|UNAUTHENTICATED|credential", said, re.IGNORECASE):
+            cure = "Give the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token."
+        elif self.on == AUTO:
+            cure = "Start a cluster (`ray start --head`), name one (--on HOST:PORT), or use one of your own: --on ray."
+        else:
+            cure = "Check that its head runs and can be reached from here, with the same versions of Ray and Python."
+        return UsageError(f"--on {self.on}: there is no Ray cluster to use: {said}. {cure}")
+
+
+_begun: Engine | None = None
+"""The one that is on its way, or in use."""
+
+
+def begin(on: str, workers: int | None, device: str, per_gpu: int = 1) -> Engine:
+    """Begin to connect to a cluster, as soon as it is known that it will be needed. It can be called again.
+
+    Raises UsageError without Ray.
+    """
+    global _begun
+    wanted = (on, workers, device, per_gpu)
+    if _begun is not None and (_begun.on, _begun.workers, _begun.device, _begun.per_gpu) != wanted:
+        end()
+    if _begun is None:
+        _begun = Engine(*wanted)
+    return _begun
+
+
+def end() -> None:
+    """Leave the cluster; one of this command's own ends."""
+    global _begun
+    if _begun is not None:
+        _begun.close()
+        _begun = None
+
+
+@contextmanager
+def connected(on: str, workers: int | None, device: str, per_gpu: int) -> Iterator[Engine]:
+    """A connection to a cluster whose nodes can be used as `device` asks for. Raises UsageError otherwise."""
+    try:
+        engine = begin(on, workers, device, per_gpu)
+        engine.wait()
+        kinds(device, engine.nodes())
+        yield engine
+    finally:
+        end()
+
+
+def kinds(device: str, nodes: list[Node]) -> list[str]:
+    """The kinds of workers, cpu and cuda, that `device` (as in a spec) asks for on these nodes.
+
+    Raises UsageError for devices that Ray does not place by number, for those that no node has, and for `auto` where
+    some nodes have GPUs and others do not: the bits of both differ, so somebody has to want it.
+    """
+    useful = Counter(node.kind for node in nodes if node.cpus or node.gpus)
+    found = f"{counted(useful['cuda'], 'node')} with GPUs and {counted(useful['cpu'], 'node')} without"
+    if device == "auto":
+        if len(useful) > 1:
+            raise UsageError(
+                f"The cluster has {found}, and numbers from GPUs and CPUs differ in their last bits. Choose with "
+                "--device cuda, --device cpu, or --device cuda,cpu for both."
+            )
+        return list(useful) or ["cpu"]
+    asked = list(dict.fromkeys(device.split(",")))
+    if not {"cpu", "cuda"}.issuperset(asked):
+        raise UsageError(f"--device {device}: on a cluster Ray places the workers. Give auto, cpu, cuda, or cuda,cpu.")
+    if "cuda" in asked and useful and not useful["cuda"]:
+        raise UsageError(f"--device {device}: the cluster has {found}. Use --device cpu.")
+    return asked
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:400]

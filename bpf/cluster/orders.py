@@ -1,0 +1,44 @@
+"""What every worker of a cluster is told, and what its node must have."""
+
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from bpf.data.cache import Data
+from bpf.experiment.directory import Experiment
+from bpf.registry import ALGORITHMS, TRACKERS, Registry
+
+
+def order(experiment: Experiment, data: Data, checkpoint_seconds: float, ray: Any) -> dict[str, Any]:
+    """What is the same for all workers; the data set goes to Ray's object store, which has it once on each node.
+
+    No password is in it: what a task is given can be seen by others.
+    """
+    arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    references = [ray.put(np.asarray(array.numpy()).view(np.ndarray)) for array in arrays]
+    return {
+        "needs": needs(experiment),
+        "names": {ALGORITHMS: list(experiment.grid.algorithm), TRACKERS: list(experiment.grid.trackers)},
+        "checkpoint_seconds": checkpoint_seconds,
+        "storage": None if experiment.database.path else experiment.database.public,
+        "experiment": experiment.name,
+        "files": str(experiment.files.resolve()),
+        "mark": dict(experiment.mark) if experiment.files != experiment.directory else None,
+        "checkpoints": experiment.checkpoints,
+        "data": (data.name, list(data.classes), references),
+    }
+
+
+def needs(experiment: Experiment) -> dict[str, str]:
+    """The distributions that workers need, with their versions here: other ones may give other numbers."""
+    distributions = {"bpf": None, "torch": None}
+    for group, names in ((ALGORITHMS, experiment.grid.algorithm), (TRACKERS, experiment.grid.trackers)):
+        registry = Registry(group)
+        distributions |= {registry.describe(name).distribution: None for name in names}
+    found = {}
+    for distribution in distributions:
+        with suppress(metadata.PackageNotFoundError):  # run from its source
+            found[distribution] = metadata.version(distribution)
+    return found

@@ -1,0 +1,104 @@
+"""The post: an actor that carries questions from workers to the driver, and the answers back.
+
+It goes to its node as it is written here, so that it needs no bpf there: nothing but Python is imported.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+
+class Post:
+    """Questions wait here until the driver takes them, and their askers until it gives the answers.
+
+    When it dies, those who wait learn of it and ask again.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Future[tuple[bytes, bytes]]] = {}
+        self._untaken: list[tuple[str, bytes, bytes]] = []
+        self._something = asyncio.Event()
+        self._name, self._number = os.urandom(8).hex(), 0
+
+    async def ask(self, question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        """The driver's answer."""
+        self._number += 1
+        ticket = f"{self._name}/{self._number}"
+        answer: asyncio.Future[tuple[bytes, bytes]] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = answer
+        self._untaken.append((ticket, question, payload))
+        self._something.set()
+        try:
+            return await answer
+        finally:
+            self._waiting.pop(ticket, None)
+
+    async def take(self, seconds: float) -> list[tuple[str, bytes, bytes]]:
+        """The questions that nobody has taken: as soon as there are any, or none after so many seconds."""
+        try:
+            await asyncio.wait_for(self._something.wait(), seconds)
+        except TimeoutError:
+            return []
+        self._something.clear()
+        taken, self._untaken = self._untaken, []
+        return taken
+
+    async def give(self, answers: list[tuple[str, bytes, bytes]]) -> None:
+        """Answers to taken questions; those that nobody waits for any more are dropped."""
+        for ticket, answer, payload in answers:
+            waiting = self._waiting.get(ticket)
+            if waiting is not None and not waiting.done():
+                waiting.set_result((answer, payload))
+
+
+class Seat:
+    """A place for a worker: an actor with a processor core, a GPU or a share of one.
+
+    Ray restarts it when its process or its node dies; the driver then asks it to work again.
+    """
+
+    def prepare(self) -> None:
+        """Import what a worker needs; what cannot be imported is told when there is work."""
+        from contextlib import suppress
+
+        with suppress(Exception):
+            import bpf.cluster.seated  # noqa: F401
+
+    def work(self, order: dict[str, Any], post: Any) -> dict[str, Any]:
+        """Train until nothing is left to claim; returns how the worker ended.
+
+        `unfit` means that this node lacks something, as the text says; then nothing was tried.
+        """
+        problem = _problem(order["needs"], order["names"])
+        if problem:
+            return {"how": "unfit", "text": f"{_node()}: {problem}", "exit_code": 2}
+        from bpf.cluster.seated import work
+
+        return work(order, post)
+
+
+def _problem(needs: dict[str, str], names: dict[str, list[str]]) -> str:
+    """Which distributions are missing here or of another version, and which plugins; or nothing."""
+    from importlib import metadata
+
+    found = []
+    for package, wanted in needs.items():
+        try:
+            there = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found.append(f"{package} is not installed")
+            continue
+        if there != wanted:
+            found.append(f"{package} is {there}, and {wanted} where bpf was started")
+    for group, wanted_names in names.items():
+        known = {entry.name for entry in metadata.entry_points(group=group)}
+        found += [f"no plugin {name!r} in {group}" for name in wanted_names if name not in known]
+    return "; ".join(found)
+
+
+def _node() -> str:
+    import socket
+
+    import ray
+
+    return f"node {ray.util.get_node_ip_address()} ({socket.gethostname()})"

@@ -1,0 +1,21 @@
+"""What both ends of a line know."""
+
+from bpf.study.cells import Row
+
+PART_BYTES = 2**25
+"""So much of a file goes with one question."""
+REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 200
+"""A worker reports once a second, or more seldom where so many are at work that there would be too many reports."""
+
+
+class Unsized(Exception):
+    """How many cells like `row` are stacked is for the worker to say."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row.key)
+        self.row = row
+
+
+def kind_of(row: Row) -> str:
+    """What decides how many cells like this one are stacked."""
+    return f"{row.structure}/{row.max_runs or ''}"

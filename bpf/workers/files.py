@@ -1,0 +1,190 @@
+"""Where workers keep checkpoints and models: in a folder, or elsewhere, worked on in a folder of this machine."""
+
+import getpass
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+from bpf.errors import BpfError, RunError
+from bpf.experiment.bucket import Bucket
+from bpf.experiment.places import checkpoint_path, model_path
+from bpf.locks import is_held, private
+from bpf.results import models
+from bpf.study.seam import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE_SECONDS
+from bpf.training import checkpoint
+from bpf.workers.job import Job
+
+
+class Files(Protocol):
+    """Checkpoints by cohort, and models by rule and cell.
+
+    `on_wait` is told what the matter is with a place that fails in a way that may pass, and may raise to give up.
+    """
+
+    on_wait: Callable[[str], object]
+
+    def checkpoint(self, cohort: str, begun: bool) -> Path:
+        """Where the checkpoint of a cohort is read and written; what is kept of one that was `begun` lies there."""
+        ...
+
+    def store(self, cohort: str) -> None:
+        """Keep the checkpoint that has been written."""
+        ...
+
+    def set_aside(self, cohort: str) -> str:
+        """Keep a damaged checkpoint under another name, which is returned."""
+        ...
+
+    def discard(self, cohort: str) -> None:
+        """Remove a checkpoint that is of no more use; that it cannot be removed is no reason to fail."""
+        ...
+
+    def save_model(self, rule: str, key: str, content: bytes) -> None: ...
+
+    def models(self, rule: str) -> set[str]:
+        """The keys of the cells whose models are kept, of a rule."""
+        ...
+
+    def discard_model(self, rule: str, key: str) -> None: ...
+
+    def close(self) -> None:
+        """Remove what only this process has needed."""
+        ...
+
+
+class Folder:
+    """An experiment's own files, on this machine or in a folder that is shared."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.on_wait: Callable[[str], object] = lambda reason: None
+
+    def checkpoint(self, cohort: str, begun: bool = True) -> Path:
+        return checkpoint_path(self.path, cohort)
+
+    def store(self, cohort: str) -> None:
+        pass
+
+    def set_aside(self, cohort: str) -> str:
+        return checkpoint.set_aside(self.checkpoint(cohort)).name
+
+    def discard(self, cohort: str) -> None:
+        with suppress(OSError):
+            self.checkpoint(cohort).unlink(missing_ok=True)
+
+    def save_model(self, rule: str, key: str, content: bytes) -> None:
+        models.save(model_path(self.path / "models", rule, key), content)
+
+    def models(self, rule: str) -> set[str]:
+        return set(models.kept(self.path / "models", rule))
+
+    def discard_model(self, rule: str, key: str) -> None:
+        models.discard(model_path(self.path / "models", rule, key))
+
+    def close(self) -> None:
+        pass
+
+
+class Stored:
+    """Checkpoints at a URL, through a folder of this process; models where `files` has them."""
+
+    def __init__(self, files: Files, bucket: Bucket) -> None:
+        self._files, self._bucket, self._scratch = files, bucket, Scratch()
+        self.on_wait: Callable[[str], object] = lambda reason: None
+
+    def checkpoint(self, cohort: str, begun: bool = True) -> Path:
+        path = self._scratch.checkpoint(cohort)
+        if begun:
+            self._patiently(lambda: self._bucket.fetch(path))
+        return path
+
+    def store(self, cohort: str) -> None:
+        self._patiently(lambda: self._bucket.put(self._scratch.checkpoint(cohort)))
+
+    def set_aside(self, cohort: str) -> str:
+        path = self._scratch.checkpoint(cohort)
+        aside = checkpoint.set_aside(path)
+        self._patiently(lambda: self._bucket.put(aside))
+        self._patiently(lambda: self._bucket.remove(path.name))
+        return self._bucket.at(aside.name)
+
+    def discard(self, cohort: str) -> None:
+        self._scratch.discard(cohort)
+        with suppress(BpfError):
+            self._bucket.remove(self._scratch.checkpoint(cohort).name)
+
+    def save_model(self, rule: str, key: str, content: bytes) -> None:
+        self._files.save_model(rule, key, content)
+
+    def models(self, rule: str) -> set[str]:
+        return self._files.models(rule)
+
+    def discard_model(self, rule: str, key: str) -> None:
+        self._files.discard_model(rule, key)
+
+    def close(self) -> None:
+        self._scratch.close()
+        self._files.close()
+
+    def _patiently(self, step: Callable[[], Any]) -> None:
+        """Do a step again while it fails, as long as workers wait for a database."""
+        began, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                step()
+                return
+            except RunError as error:
+                if time.monotonic() - began > PATIENCE_SECONDS:
+                    raise
+                self.on_wait(str(error))
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class Scratch(Folder):
+    """A folder of this process alone, which is gone when it has ended, or when the next one looks."""
+
+    def __init__(self) -> None:
+        root = private(Path(tempfile.gettempdir()) / f"bpf-scratch-{re.sub(r'[^A-Za-z0-9_.-]', '_', _user())}")
+        for left in root.iterdir():
+            if re.fullmatch("[0-9a-f]{16}", left.name) and is_held(left / "lock") is False:
+                _remove(left)
+        super().__init__(root / secrets.token_hex(8))
+        self.path.mkdir()
+        self._lock = FileLock(self.path / "lock", thread_local=False)
+        self._lock.acquire()
+
+    def close(self) -> None:
+        _remove(self.path)
+        self._lock.release()
+
+
+def open_files(job: Job) -> Files:
+    folder = Folder(job.files)
+    return Stored(folder, Bucket(job.checkpoints, job.experiment)) if job.checkpoints else folder
+
+
+def _remove(scratch: Path) -> None:
+    """Remove what a scratch folder holds: checkpoints, also those that were being written, and its lock."""
+    with suppress(OSError):
+        for path in (scratch / "checkpoints").glob("*"):
+            if re.search(r"\.pt(\.|$)", path.name):
+                path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (scratch / "checkpoints").rmdir()
+        (scratch / "lock").unlink(missing_ok=True)
+        scratch.rmdir()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
