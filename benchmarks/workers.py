@@ -228,7 +228,7 @@ def speak(study: Path | None, connection: Connection) -> None:
 
 def fresh(study: Path | None) -> float:
     script = (
-        "import sys; from bpf.workers.worker import Study; sys.argv[1:] and Study.open(sys.argv[1]).close(); print()"
+        "import sys; from bpf.workers.process import Study; sys.argv[1:] and Study.open(sys.argv[1]).close(); print()"
     )
     begun = time.perf_counter()
     command = [sys.executable, "-c", script, *([] if study is None else [str(study)])]

@@ -29,7 +29,7 @@ from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from bpf.study.cells import Row
-from bpf.workers import supervisor, worker
+from bpf.workers import process, supervisor
 from bpf.workers.job import Job
 from waiting import SECONDS
 
@@ -356,7 +356,7 @@ def needed(directory: Path) -> list[str]:
 def work(job: Job, connection: Connection) -> None:
     """The life of a worker process that may kill itself."""
     install("worker")
-    worker.work(job, connection)
+    process.work(job, connection)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ It decides nothing about cells: the study does. When it dies, its workers end wi
 import queue
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bpf.cluster import post as posted
@@ -29,8 +29,8 @@ from bpf.workers.supervisor import MAX_CRASHES, Crashed
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """Between two looks at the nodes and the counts of cells."""
-JUDGE_SECONDS = 5.0
-"""After the death of a worker: so long it may take until it is known whether its node has died."""
+JUDGE_SECONDS = 30.0
+"""After the death of a worker: so long it takes Ray to notice that its node has died, if nobody else can tell."""
 AGAIN_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 
@@ -73,7 +73,7 @@ class Driver:
     stop: Stop
     _seats: list[Seat] = field(default_factory=list)
     _nodes: list[Node] = field(default_factory=list)
-    _lost: list[tuple[Seat, Guest, float, str]] = field(default_factory=list)
+    _lost: list[tuple[Seat, Guest, float]] = field(default_factory=list)
     _crashes: int = 0
     _number: int = 0
     _cut_short: bool = False
@@ -222,17 +222,10 @@ class Driver:
         where = guest.where if guest else ""
         try:
             left = Left(**self._ray.get(work))
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayActorError:
             seat.again = time.monotonic() + AGAIN_SECONDS
             if guest is not None:
-                self._lost.append(
-                    (
-                        Seat(seat.number, seat.kind, None, seat.attempt, doing=seat.doing),
-                        guest,
-                        time.monotonic(),
-                        str(error),
-                    )
-                )
+                self._lost.append((replace(seat), guest, time.monotonic()))
                 self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
             return
         except self._ray.exceptions.RayError as error:
@@ -245,7 +238,7 @@ class Driver:
             self._unfit(seat, left)
         elif left.how == "crashed":
             seat.again = time.monotonic() + AGAIN_SECONDS
-            self._crashed(seat.number, seat.doing, left.text.strip().splitlines()[-1])
+            self._crashed(seat, left.text.strip().splitlines()[-1])
         else:
             self._seats.remove(seat)
             self.engine.let_go(seat.actor)
@@ -263,16 +256,17 @@ class Driver:
     def _judge(self) -> None:
         """Take the cells of workers that died: they count as killed, unless their node has died with them."""
         waiting = []
-        for seat, guest, when, reason in self._lost:
-            dead = guest.node not in {node.id for node in self._nodes}
-            if not dead and time.monotonic() - when < JUDGE_SECONDS:
-                waiting.append((seat, guest, when, reason))
+        for seat, guest, when in self._lost:
+            node = next((node for node in self._nodes if node.id == guest.node), None)
+            alive = node is not None and self.engine.answers(node)
+            if alive is None and time.monotonic() - when < JUDGE_SECONDS:
+                waiting.append((seat, guest, when))
                 continue
-            self._bury(guest, blame=not dead)
-            if dead:
-                self._tell(0, Trouble(f"The node {guest.where} was lost; what was trained there goes on elsewhere."))
+            self._bury(guest, blame=alive is not False)
+            if alive is False:
+                self._tell(0, Trouble(f"The node {guest.where} was lost; its cells go on elsewhere."), guest.where)
             else:
-                self._crashed(seat.number, seat.doing, _line(reason))
+                self._crashed(seat, f"its process on {guest.where} was killed")
         self._lost = waiting
 
     def _bury(self, guest: Guest, blame: bool) -> None:
@@ -280,15 +274,15 @@ class Driver:
             self.study.repair(blame, [guest.token])
         self._desk.leave(guest.seat)
 
-    def _crashed(self, number: int, doing: str, reason: str) -> None:
+    def _crashed(self, seat: Seat, reason: str) -> None:
         self._crashes += 1
         if self._crashes >= max(MAX_CRASHES, len(self._seats)):
             raise Crashed(
-                f"{self._crashes} workers in a row have crashed, the last one {reason}, while {doing}. "
+                f"{self._crashes} workers in a row have crashed, the last one {reason}, while {seat.doing}. "
                 "Nothing finished is lost."
             )
         if not self.stop.asked:
-            self._tell(number, Trouble(f"Worker {number} crashed ({reason}) and is started again."))
+            self._tell(seat.number, Trouble(f"Worker {seat.number} crashed ({reason}) and is started again."))
 
     def _ask_to_stop(self) -> None:
         if not self.stop.asked or self._desk.stopping is None:

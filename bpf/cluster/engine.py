@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from bpf.words import counted
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
+ANSWER_SECONDS = 2.0
 READY = 16
 """So many workers are made ready while the request is looked at."""
 _HERE = {
@@ -38,6 +40,7 @@ class Node:
     host: str
     cpus: int
     gpus: int
+    port: int = 0
     leaving: bool = False
 
     @property
@@ -109,11 +112,25 @@ class Engine:
                 node["NodeManagerHostname"],
                 int(node["Resources"].get("CPU", 0)),
                 int(node["Resources"].get("GPU", 0)),
+                int(node["NodeManagerPort"]),
                 node["NodeID"] in leaving,
             )
             for node in listed
             if node["Alive"]
         ]
+
+    def answers(self, node: Node) -> bool | None:
+        """Whether Ray runs on a node, which it is asked itself, as Ray needs long to notice that a machine is gone.
+
+        None if that cannot be told from here, as through `ray://`.
+        """
+        if self.on.startswith("ray://"):
+            return None
+        try:
+            with socket.create_connection((node.address, node.port), ANSWER_SECONDS):
+                return True
+        except OSError:
+            return False
 
     def _draining(self) -> Mapping[str, Any]:
         """The nodes that Ray is about to take away. Not public, so it may be missing: then their loss is noticed."""
@@ -153,6 +170,9 @@ class Engine:
         self._ready_made = made
 
     def _live(self) -> None:
+        # Ray prints what it has to say of nodes, whatever is asked of it, and also where JSON is to go.
+        with suppress(AttributeError):
+            self.ray._private.worker.print_to_stdstream = lambda *said, **more: None
         try:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             if self.on == LOCAL:

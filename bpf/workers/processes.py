@@ -21,7 +21,7 @@ from typing import Any
 from bpf.interrupts import SIGNALS
 
 PRELOADED = (
-    "bpf.workers.worker",
+    "bpf.workers.process",
     "alembic.command",  # these by Optuna, when it opens a database
     "alembic.script",
     "optuna.storages._rdb.models",

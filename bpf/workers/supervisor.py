@@ -17,8 +17,8 @@ from bpf.study.study import Study
 from bpf.workers import processes
 from bpf.workers.events import Began, Ended, Event, Left, Observe, Saved, Trouble
 from bpf.workers.job import Job
+from bpf.workers.process import work
 from bpf.workers.stopping import CutShort, Stop
-from bpf.workers.worker import work
 
 MAX_CRASHES = 5
 """As many crashes in a row, with nothing stored in between, end the run."""

@@ -4,8 +4,6 @@ The study is the truth: whatever runs this loop, and however often it dies, no f
 twice, and an interrupted cohort goes on from its checkpoint to the same numbers.
 """
 
-import os
-import signal
 import socket
 import time
 import traceback
@@ -13,7 +11,6 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -24,7 +21,7 @@ from bpf.errors import BpfError, DiskFull, PluginError, RunError
 from bpf.experiment.grid import resolve_options
 from bpf.experiment.plugins import load_rules, load_trackers
 from bpf.experiment.settings import stored_grid
-from bpf.interrupts import SIGNALS, Interrupted
+from bpf.interrupts import Interrupted
 from bpf.registry import ALGORITHMS, Registry
 from bpf.results import models
 from bpf.spec.run import RunSpec
@@ -35,10 +32,9 @@ from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
 from bpf.workers.claims import ClaimTraining, stored_run
-from bpf.workers.events import Began, Ended, Event, GivenUp, Left, Saved, Trained, Trouble
+from bpf.workers.events import Began, Ended, Event, GivenUp, Saved, Trained, Trouble
 from bpf.workers.files import Files, open_files
 from bpf.workers.job import Job, Terms
-from bpf.workers.processes import accept_signals
 from bpf.workers.stopping import CutShort, Stop
 
 if TYPE_CHECKING:
@@ -50,41 +46,6 @@ NOTE_SECONDS = 5.0
 LONG_EPOCH_SECONDS = 1.0
 LEAST_PAUSE = 10
 """So many times as long as a checkpoint took to store, it is trained before the next one."""
-
-
-def work(job: Job, connection: Connection) -> None:
-    """The life of a worker process: what happens goes through `connection`, and any answer is a request to stop."""
-
-    def told_to_stop() -> bool:
-        try:
-            return connection.poll()
-        except OSError:  # whoever started this process is gone
-            return True
-
-    stop = Stop(also=told_to_stop)
-
-    def tell(event: Event) -> None:
-        try:
-            connection.send(event)
-        except OSError:
-            stop.request()
-
-    for number in SIGNALS:  # Ctrl-C reaches the whole group; whoever started this process decides what it means
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else lambda *_: stop.request())
-    accept_signals()
-    try:
-        from bpf.study.study import Study
-
-        os.chdir(job.home)
-        with closing(Study.open(job.storage, job.experiment)) as study:
-            Worker.of(job, study, tell, stop).run()
-        tell(Left("done"))
-    except Interrupted as stopped:
-        tell(Left("cut short" if isinstance(stopped, CutShort) else "stopped"))
-    except BpfError as error:
-        tell(Left("failed", str(error), error.exit_code))
-    except Exception:
-        tell(Left("crashed", traceback.format_exc()))
 
 
 @dataclass
