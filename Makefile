@@ -4,7 +4,7 @@ BIN := .venv/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 SOURCES := bpf plugins tests benchmarks
 
-.PHONY: help install demo test test-all gpu chaos fuzz lint format bench clean
+.PHONY: help install demo test test-all gpu chaos cluster-chaos fuzz lint format bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ gpu: install  ## on a machine with a CUDA device: the tests that need one, and b
 
 chaos: install  ## kill a grid's processes 200 times (BPF_CHAOS_KILLS, BPF_CHAOS_SEED) and check what comes out
 	BPF_CHAOS_KILLS=$${BPF_CHAOS_KILLS:-200} $(BIN)/python -m pytest -s tests/test_chaos.py
+
+cluster-chaos: install  ## 200 events on Ray clusters: nodes come, go and die, processes are killed (BPF_CLUSTER_EVENTS, BPF_CHAOS_SEED)
+	BPF_CLUSTER_EVENTS=$${BPF_CLUSTER_EVENTS:-200} $(BIN)/python -m pytest -s tests/test_cluster_events.py
 
 fuzz: install  ## give bpf 3,000 files, options and names that lie (BPF_FUZZ_CASES, BPF_FUZZ_SEED) and check what it says and does
 	BPF_FUZZ_CASES=$${BPF_FUZZ_CASES:-3000} $(BIN)/python -m pytest -n auto tests/test_fuzz.py

@@ -193,11 +193,7 @@ def _cluster(effort: Effort, device: str, experiment: Experiment) -> "AbstractCo
     """The Ray cluster that is asked for, if any."""
     if effort.on is None:
         return nullcontext()
-    if experiment.database.path is None and experiment.database.url.password:
-        raise UsageError(
-            "With --on every node reaches the server by itself, and what a task is given can be seen by others: leave "
-            "the password out of the URL, and put it in PGPASSWORD or ~/.pgpass of each node."
-        )
+    effort.check_storage(experiment.database)
     from bpf.cluster.engine import connected
 
     return connected(effort.on, effort.workers, device, effort.workers_per_gpu)

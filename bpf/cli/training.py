@@ -88,6 +88,8 @@ def tune(
     """
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     effort = effort_of(workers, None, checkpoint_every, max_hours, on, workers_per_gpu)
+    place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
+    effort.check_storage(place.storage)
     if not (dry_run or plan_only):
         warm_up(effort, grid.device)
     from bpf import api
@@ -96,7 +98,6 @@ def tune(
 
     check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
-    place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
     directory, grid, taken = handover.begin(_new(directory), grid, lr_from, place, data_dir)
     if taken is not None and not (quiet or as_json):
         tables.show_taken(taken)
@@ -172,6 +173,7 @@ def resume(
     effort = effort_of(workers, device, checkpoint_every, max_hours, on, workers_per_gpu)
     check_targets(notify)
     place = place_of(storage, None, None, False)
+    effort.check_storage(place.storage)
     experiment = opened(directory, storage) if directory else api.newest_unfinished(RUNS, place)
     if experiment.kind == "tune":
         warm_up(effort, experiment.grid.device)

@@ -160,11 +160,11 @@ class Desk:
     def do_finish(
         self, token: Word, key: Word, value: float | None, state: str, result: dict[str, Any], payload: bytes = b"null"
     ) -> None:
-        self._study.finish(self._claim(token), key, value, state, result, json.loads(payload))
+        self._study.finish(self._claim(token, key), key, value, state, result, json.loads(payload))
 
     @validate_call
     def do_fail(self, token: Word, key: Word, error: str, cause: Cause) -> None:
-        self._study.fail(self._claim(token), key, error, cause)
+        self._study.fail(self._claim(token, key), key, error, cause)
 
     @validate_call
     def do_note(self, token: Word, progress: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -291,8 +291,9 @@ class Desk:
                     return guest
         raise Fenced("This worker was taken for dead; its cells are for others now.")
 
-    def _claim(self, token: str) -> Claim:
+    def _claim(self, token: str, key: str | None = None) -> Claim:
+        """What the worker has claimed, with the cell of `key` in it."""
         claim = self._guest(token).claim
-        if claim is None:
-            raise Fenced("This worker has claimed nothing.")
+        if claim is None or key not in (None, *(row.key for row in claim.rows)):
+            raise Fenced(f"The cell {key} is no longer owned by this worker; its outcome was not stored.")
         return claim

@@ -91,6 +91,7 @@ class Driver:
         self._heard: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
         self._logs = NodeLogs(self.experiment.directory)
         self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
+        self.study.repair()
         try:
             self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self._ray)
             with carried(self._ray, posted.Post, self._desk.answer) as self._post:

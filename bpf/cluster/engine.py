@@ -51,7 +51,7 @@ class Node:
         """How many workers it takes."""
         if kind == "cpu":
             return self.cpus
-        return min(self.gpus * per_gpu, max(self.cpus, self.gpus))
+        return self.gpus * per_gpu
 
 
 def module() -> Any:

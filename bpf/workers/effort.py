@@ -1,9 +1,13 @@
 """How much to train with, and where."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bpf.errors import UsageError
 from bpf.spec.values import LOCAL, check_cluster, check_device
+
+if TYPE_CHECKING:
+    from bpf.study.database import Database
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Effort:
                 raise UsageError(f"--on {self.on}: {error}.") from None
         elif self.workers_per_gpu != 1:
             raise UsageError("Workers share a GPU by --workers here; --workers-per-gpu is for a cluster (--on).")
+
+    def check_storage(self, storage: "Database | None") -> None:
+        """Raise UsageError if workers elsewhere would have to be told a password: what a task is given can be seen."""
+        if self.on is not None and storage is not None and storage.path is None and storage.url.password:
+            raise UsageError(
+                "With --on each node reaches the server by itself, and no password is sent there: leave it out of the "
+                "URL, and put it in PGPASSWORD or ~/.pgpass of each node."
+            )
 
     @property
     def elsewhere(self) -> bool:

@@ -1,0 +1,435 @@
+"""Workers that reach the study and the files through the desk, and what is asked of a Ray cluster, without one."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpf import api
+from bpf.cluster import desk as desks
+from bpf.cluster.desk import Desk
+from bpf.cluster.engine import Node, kinds
+from bpf.cluster.incoming import Incoming
+from bpf.cluster.post import _problem
+from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
+from bpf.cluster.wire import PART_BYTES
+from bpf.data.cache import load
+from bpf.errors import DiskFull, RunError, UsageError
+from bpf.experiment.directory import Experiment, open_experiment
+from bpf.results import models, summary
+from bpf.spec.fields import build
+from bpf.spec.grid import GridSpec
+from bpf.study.seam import Fenced
+from bpf.workers.effort import Effort
+from bpf.workers.events import Event, Trained
+from bpf.workers.files import Folder
+from bpf.workers.job import Terms
+from bpf.workers.stopping import Stop
+from bpf.workers.worker import Worker
+from chaos import assert_ran_once, outcomes
+from waiting import eventually
+
+GRID = {
+    "dataset": "digits",
+    "algorithm": ["bp", "dfa"],
+    "arch": ["8", "9"],
+    "lr": [0.1, 0.01],
+    "activation": ["tanh"],
+    "batch_norm": [True],
+    "bw_init": ["ortho"],
+    "epochs": 3,
+    "executions_per_trial": 2,
+    "examples_frac": 0.2,
+}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """A planned grid of eight cells."""
+    made = api.open_tune(tmp_path / "grid", build(GridSpec, GRID), tmp_path)
+    api.store_plan(made, ["bpf", "tune"])
+    return made
+
+
+class Office:
+    """A desk of an experiment, and lines to it that can be cut."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.study = experiment.open_study()
+        self.heard: list[tuple[str, Event]] = []
+        self.desk = Desk(self.study, Folder(experiment.files), lambda seat, event: self.heard.append((seat, event)))
+        self.asked: list[str] = []
+        self.lose_answer_to: str | None = None
+
+    def send(self, question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        answer = self.desk.answer(question, payload)
+        self.asked.append(json.loads(question)["do"])
+        if self.asked[-1] == self.lose_answer_to:
+            self.lose_answer_to = None
+            raise Away("the answer was lost")
+        return answer
+
+    def line(self) -> Line:
+        return Line(self.send)
+
+    def worker(self, seat: str, data: Any, tell: Callable[[Event], None] = lambda event: None) -> Worker:
+        line = self.line()
+        return Worker(RemoteStudy(line, seat), RemoteFiles(line), data, Terms("cpu", checkpoint_seconds=0.0), tell)
+
+    def close(self) -> None:
+        self.desk.close()
+        self.study.close()
+
+
+@pytest.fixture
+def office(experiment: Experiment) -> Iterator[Office]:
+    with closing(Office(experiment)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Any:
+    return load("digits", tmp_path)
+
+
+def digest(model: Path) -> str:
+    return models.read(model).digest
+
+
+def reference(tmp_path: Path) -> dict[str, Any]:
+    made = api.open_tune(tmp_path / "here", build(GridSpec, GRID), tmp_path)
+    api.store_plan(made, ["bpf", "tune"])
+    api.join(made.database, made.name, tmp_path, None, _unwatched, Effort(1, "cpu"), made.files)
+    return outcomes(made.directory)
+
+
+def _unwatched(outset: Any) -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext(lambda worker, event: None)
+
+
+def test_a_worker_at_the_desk_is_like_one_at_the_study(tmp_path: Path, office: Office, data: Any) -> None:
+    office.worker("1-1", data).run()
+    assert outcomes(office.experiment.directory) == reference(tmp_path)
+    assert_ran_once(office.experiment.directory)
+    here, there = (tmp_path / "here" / "models", office.experiment.files / "models")
+    assert {path.name: digest(path) for path in here.glob("*/*")} == {
+        path.name: digest(path) for path in there.glob("*/*")
+    }
+    assert not list((office.experiment.files / "checkpoints").iterdir()), "nothing is left of it"
+    assert not list((office.experiment.directory / "locks").glob("????????????????.lock"))
+
+
+@pytest.mark.parametrize("lost", ["enroll", "claim", "store", "finish", "save_model", "discard", "note", "retire"])
+def test_a_question_whose_answer_was_lost_is_answered_once(
+    lost: str, tmp_path: Path, office: Office, data: Any
+) -> None:
+    office.lose_answer_to = lost
+    office.worker("1-1", data).run()
+    assert office.lose_answer_to is None, f"{lost} was asked"
+    assert_ran_once(office.experiment.directory)
+    assert all(row.attempt == 1 for row in summary.rows(office.experiment))
+
+
+def test_several_workers_share_a_grid(tmp_path: Path, office: Office, data: Any) -> None:
+    workers = [office.worker(f"{number}-1", data) for number in range(1, 4)]
+    threads = [threading.Thread(target=worker.run) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes(office.experiment.directory) == reference(tmp_path)
+    assert_ran_once(office.experiment.directory)
+
+
+def test_a_stopped_worker_leaves_a_checkpoint_from_which_another_goes_on(
+    tmp_path: Path, office: Office, data: Any
+) -> None:
+    first = office.worker("1-1", data)
+    first.tell = lambda event: first.stop.request() if isinstance(event, Trained) and event.epoch == 2 else None
+    with pytest.raises(Exception, match="everything is stored"):
+        first.run()
+    counts = office.study.counts()
+    assert counts["interrupted"]
+    assert not counts["running"]
+    assert list((office.experiment.files / "checkpoints").glob("*.pt"))
+    began: list[Any] = []
+    office.worker("2-1", data, began.append).run()
+    assert began[0].epoch == 2, "it went on from the checkpoint"
+    assert outcomes(office.experiment.directory) == reference(tmp_path)
+
+
+def test_who_was_taken_for_dead_stores_nothing_and_claims_anew(tmp_path: Path, office: Office, data: Any) -> None:
+    worker = office.worker("1-1", data)
+    seats: list[str] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Trained) and not seats:
+            guest = office.desk.guest("1-1")
+            assert guest is not None
+            seats.append(guest.token)
+            office.study.repair(False, [guest.token])
+            office.desk.leave("1-1")
+
+    worker.tell = tell
+    worker.run()
+    assert seats
+    assert outcomes(office.experiment.directory) == reference(tmp_path)
+    assert_ran_once(office.experiment.directory)
+    assert all(row.kills == 0 for row in summary.rows(office.experiment)), "it was nobody's fault"
+
+
+def test_the_desk_gone_gives_all_cells_back(office: Office, data: Any) -> None:
+    study = RemoteStudy(office.line(), "1-1")
+    with study.enrolled({}) as holder:
+        assert study.claim(holder, lambda row: 2) is not None
+        assert office.study.counts()["running"] == 2
+        office.desk.close()
+        assert office.study.counts()["running"] == 0
+        assert office.study.counts()["interrupted"] == 2
+        claim = study.claim(holder, lambda row: 2)
+        assert claim is not None, "it enrolled anew"
+
+
+def test_only_the_owner_finishes_a_cell(office: Office) -> None:
+    mine, yours = RemoteStudy(office.line(), "1-1"), RemoteStudy(office.line(), "2-1")
+    with mine.enrolled({}) as holder, yours.enrolled({}) as other:
+        claim, theirs = mine.claim(holder, lambda row: 1), yours.claim(other, lambda row: 1)
+        assert claim is not None
+        assert theirs is not None
+        stolen = replace(claim, token=theirs.token)
+        with pytest.raises(RunError, match="no longer owned"):
+            yours.finish(stolen, claim.rows[0].key, 0.5, "complete", {"executions": [], "seconds": 0.0}, [])
+        with pytest.raises(Fenced):
+            mine.finish(replace(claim, token="0" * 16), claim.rows[0].key, 0.5, "complete", {}, [])
+    assert office.study.counts()["complete"] == 0
+
+
+@pytest.mark.parametrize(
+    ("do", "values"),
+    [
+        ("claim", {"token": "../x", "sizes": {}}),
+        ("claim", {"token": "0" * 16, "sizes": {"a": "many"}}),
+        ("fetch", {"cohort": "../../etc/passwd", "at": 0}),
+        ("fetch", {"cohort": "a", "at": -1}),
+        ("save_model", {"rule": "../dfa", "key": "k"}),
+        ("discard_model", {"rule": "dfa", "key": "../../experiment"}),
+        ("set_aside", {"cohort": "a/b"}),
+        ("report", {"seat": "1", "node": "n", "where": "", "token": "", "events": [["Popen", {}]]}),
+        ("nothing", {}),
+    ],
+)
+def test_the_desk_believes_nothing(do: str, values: dict[str, Any], office: Office) -> None:
+    with pytest.raises(RunError):
+        office.line().ask(do, **values)
+    found = {path.name for path in office.experiment.directory.iterdir() if not path.name.startswith("study.db-")}
+    assert found == {"experiment.yaml", "locks", "running.lock", "study.db"}
+
+
+def test_large_checkpoints_come_in_parts(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpf.cluster.remote.PART_BYTES", 1000)
+    monkeypatch.setattr(desks, "PART_BYTES", 700)
+    there = RemoteFiles(office.line())
+    content = bytes(range(256)) * 20
+    path = there.checkpoint("abc", False)
+    path.parent.mkdir()
+    path.write_bytes(content)
+    there.store("abc")
+    stored = office.experiment.files / "checkpoints" / "abc.pt"
+    assert stored.read_bytes() == content
+    assert office.asked.count("store") == 6
+    other = RemoteFiles(office.line())
+    assert other.checkpoint("abc", True).read_bytes() == content
+    assert other.set_aside("abc") == "abc.pt.damaged"
+    assert not other.checkpoint("abc", True).exists()
+    there.close()
+    other.close()
+    assert not there.path.exists()
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    incoming, path = Incoming(), tmp_path / "a.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(RunError, match="some are missing"):
+        incoming.receive(path, 5, None, b"x")
+    incoming.receive(path, 0, None, b"one")
+    with pytest.raises(RunError, match="do not belong together"):
+        incoming.receive(path, 7, None, b"two")
+    incoming.receive(path, 0, None, b"one")
+    with pytest.raises(RunError, match="other bytes"):
+        incoming.receive(path, 3, "0" * 64, b"two")
+    incoming.receive(path, 0, None, b"half")
+    incoming.close()
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.pt", b"old")]
+
+
+def test_a_full_disk_at_the_desk_is_one_at_the_worker(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise DiskFull(path)
+
+    monkeypatch.setattr("bpf.results.models.save", full)
+    with pytest.raises(DiskFull, match="models/dfa/k"):
+        RemoteFiles(office.line()).save_model("dfa", "k", b"content")
+
+
+def test_a_line_waits_for_the_post_and_then_gives_up() -> None:
+    times: list[str] = []
+
+    def send(question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        times.append(json.loads(question)["number"])
+        if len(times) < 3:
+            raise Away("it is started again")
+        return b'{"told": 7}', b""
+
+    line, told = Line(send), []
+    line.on_wait = told.append
+    assert line.ask("counts") == 7
+    assert times == [1, 1, 1], "the same question"
+    assert told == ["The driver cannot be reached: it is started again"] * 2
+    times.clear()
+    line.patience = 0.0
+    with pytest.raises(RunError, match="cannot be reached"):
+        line.ask("counts")
+
+
+def test_the_pulse_tells_the_last_epoch_only_and_learns_to_stop(office: Office) -> None:
+    stop, holder = Stop(), []
+    me = {"seat": "1-1", "node": "n", "where": "here"}
+    with RemoteStudy(office.line(), "1-1").enrolled({}) as owner:
+        pulse = Pulse(office.line(), me, stop)
+        pulse.holder = lambda: owner
+        for epoch in range(1, 5):
+            pulse.tell(Trained(epoch, 1.0))
+        eventually(lambda: office.heard)
+        assert office.heard[-1] == ("1-1", Trained(4, 1.0, None))
+        assert len(office.heard) < 4
+        office.desk.stopping = {"1-1"}
+        eventually(lambda: stop.asked)
+        office.desk.leave("1-1")
+        eventually(lambda: owner.lost.is_set())
+        pulse.close()
+        holder.append(owner)
+
+
+def test_a_silent_worker_is_noticed(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RemoteStudy(office.line(), "1-1").enrolled({}):
+        assert office.desk.silent() == []
+        monkeypatch.setattr(desks, "LEASE_SECONDS", 0.01)
+        time.sleep(0.05)
+        assert [guest.seat for guest in office.desk.silent()] == ["1-1"]
+
+
+def test_kinds_of_nodes() -> None:
+    gpu, cpu, head = (
+        Node("a", "10.0.0.1", "a", 8, 4),
+        Node("b", "10.0.0.2", "b", 8, 0),
+        Node("c", "10.0.0.3", "c", 0, 0),
+    )
+    assert kinds("auto", [gpu, head]) == ["cuda"]
+    assert kinds("auto", [cpu, cpu, head]) == ["cpu"]
+    assert kinds("auto", [head]) == ["cpu"]
+    assert kinds("cuda", [gpu, cpu]) == ["cuda"]
+    assert kinds("cuda,cpu", [gpu, cpu]) == ["cuda", "cpu"]
+    with pytest.raises(UsageError, match=r"1 node with GPUs and 2 nodes without.*--device cuda,cpu for both"):
+        kinds("auto", [gpu, cpu, cpu])
+    with pytest.raises(UsageError, match="Use --device cpu"):
+        kinds("cuda", [cpu])
+    with pytest.raises(UsageError, match="Ray places the workers"):
+        kinds("cuda:1", [gpu])
+    assert (gpu.seats("cuda", 3), gpu.seats("cpu", 3), cpu.seats("cuda", 1), head.seats("cpu", 1)) == (12, 8, 0, 0)
+
+
+def test_what_a_node_lacks_is_named() -> None:
+    from importlib import metadata
+
+    here = metadata.version("torch")
+    assert _problem({"torch": here}, {"bpf.algorithms": ["dfa"]}) == ""
+    assert _problem({"torch": "1.0", "bpf-nowhere": "2"}, {"bpf.algorithms": ["dfa", "mine"]}) == (
+        f"torch is {here}, and 1.0 where bpf was started; bpf-nowhere is not installed; "
+        "no plugin 'mine' in bpf.algorithms"
+    )
+
+
+def test_a_worker_on_a_node_needs_no_database_library() -> None:
+    code = "import bpf.cluster.remote, bpf.workers.worker, sys; print({'sqlalchemy', 'optuna'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_parts_are_small_beside_a_machine() -> None:
+    assert PART_BYTES <= 2**26
+
+
+class TestWithoutRay:
+    @pytest.fixture(autouse=True)
+    def without(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "blocked").mkdir()
+        (tmp_path / "blocked" / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
+        monkeypatch.chdir(tmp_path)
+
+    def bpf(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", "bpf", *arguments], capture_output=True, text=True)
+
+    def test_everything_else_works(self, tmp_path: Path) -> None:
+        (tmp_path / "spec.json").write_text(json.dumps(GRID))
+        done = self.bpf("tune", "grid", "--spec", "spec.json", "--workers", "1", "-q")
+        assert done.returncode == 0, done.stderr
+        assert self.bpf("status", "grid").returncode == 0
+        assert self.bpf("resume", "grid", "-q").returncode == 0
+
+    @pytest.mark.parametrize("command", ["tune grid --dataset digits --algorithm dfa", "reproduce frenkel-mnist"])
+    def test_on_says_what_to_install(self, command: str, tmp_path: Path) -> None:
+        done = self.bpf(*command.split(), "--on", "ray")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "--on needs Ray: pip install 'bpf[ray]'" in done.stderr
+        assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--on cloud", "--on cloud: give ray for a cluster of the command's own"),
+        ("--on ray://host", "--on ray://host: give ray"),
+        ("--workers-per-gpu 2", "--workers-per-gpu is for a cluster (--on)"),
+        ("--on ray --workers-per-gpu 0", "--workers-per-gpu 0: give a whole number from 1 to 64"),
+        ("--on ray --storage postgresql://me:secret@nowhere/x", "leave it out of the URL"),
+    ],
+)
+def test_a_mistake(options: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["tune", "grid", "--dataset", "digits", "--algorithm", "dfa", *options.split()]
+    done = subprocess.run([sys.executable, "-m", "bpf", *command], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "secret" not in done.stderr + done.stdout
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_grid_on_ray_is_that_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, in a cluster of the command's own."""
+    if not _has_ray():
+        pytest.skip("Ray is not installed")
+    (tmp_path / "spec.json").write_text(json.dumps(GRID))
+    command = [sys.executable, "-m", "bpf", "tune", str(tmp_path / "grid"), "--spec", str(tmp_path / "spec.json")]
+    done = subprocess.run([*command, "--on", "ray", "--workers", "2", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout), "nothing else is printed there"
+    assert outcomes(tmp_path / "grid") == reference(tmp_path)
+    assert_ran_once(tmp_path / "grid")
+    assert open_experiment(tmp_path / "grid").grid.algorithm == ("bp", "dfa")
+
+
+def _has_ray() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("ray") is not None
