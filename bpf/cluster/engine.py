@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from bpf.words import counted
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
-ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 5.0
 READY = 16
 """So many workers are made ready while the request is looked at."""
 _HERE = {
@@ -57,6 +58,8 @@ class Node:
 def module() -> Any:
     """Ray itself. Raises UsageError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it warns of follows as an error, or passes
+    warnings.filterwarnings("ignore", "Ray Client connection timed out")
     return need("ray", "--on", "Ray", "ray")
 
 
@@ -179,6 +182,9 @@ class Engine:
                 cpus = max(cores(), self.workers or 0)
                 self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
+                if self.on != AUTO:  # Ray would try for minutes, and not say what the matter is
+                    host, _, port = self.on.removeprefix("ray://").rpartition(":")
+                    socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
                 self.ray.init(address=self.on, **quiet)
             self.ray.cloudpickle.register_pickle_by_value(post)
             with suppress(BpfError):  # which is found again, and told, when the cluster is needed
@@ -212,7 +218,10 @@ class Engine:
         elif self.on == AUTO:
             cure = "Start a cluster (`ray start --head`), name one (--on HOST:PORT), or use one of your own: --on ray."
         else:
-            cure = "Check that its head runs and can be reached from here, with the same versions of Ray and Python."
+            cure = (
+                "Check that its head runs and can be reached from here, with the same versions of Ray and Python, and that "
+                "RAY_AUTH_TOKEN is that of the cluster."
+            )
         return UsageError(f"--on {self.on}: there is no Ray cluster to use: {said}. {cure}")
 
 
