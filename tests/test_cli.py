@@ -241,6 +241,7 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
     assert ranked[0]["objective"]["mean"] <= ranked[1]["objective"]["mean"]
     status = bpf_("status ex --json").json
     assert status.pop("elapsed_seconds") > 0
+    assert status.pop("device_hours") > 0
     assert status == {
         "experiment": "ex",
         "cells": {
@@ -254,6 +255,9 @@ def test_status_and_best_as_json(bpf_: Bpf) -> None:
         },
         "causes": {},
         "workers": [],
+        "nodes": [],
+        "throughput": 0,
+        "dashboard": None,
         "eta_seconds": 0.0,
         "starting": None,
     }
@@ -554,7 +558,7 @@ def test_status_names_the_workers(bpf_: Bpf, work: Path) -> None:
         assert (status["cells"]["running"], status["cells"]["pending"], status["eta_seconds"]) == (1, 1, None)
         assert bpf_("status ex").out == (
             f"ex: 2 cells: 1 pending, 1 running\nworker on here, process {os.getpid()}, cpu\n"
-            "0 s of training in finished cells, time left not known yet\n"
+            "0 s of training in finished cells, time left not known yet\n1 worker at work\n"
         )
     status = bpf_("status ex --json").json  # it has died
     assert (status["cells"]["interrupted"], status["workers"]) == (1, [])

@@ -10,7 +10,7 @@ from bpf.console import progress as console
 from bpf.console.progress import LiveProgress
 from bpf.results.summary import Outset
 from bpf.words import sparkline
-from bpf.workers.events import Began, Ended, Trained, Trouble
+from bpf.workers.events import Began, Ended, GivenUp, Left, Trained, Trouble
 
 OUTSET = Outset("val_loss", total=8, open=7, cost=70.0, best={"bp": 0.5}, varying=frozenset({"lr"}))
 BEGAN = Began("dfa", "500-500", "tanh", cells=2, runs=6, epoch=0, epochs=10, cost=20.0)
@@ -58,6 +58,38 @@ def test_rows_fit_into_a_narrow_terminal(screen: Screen) -> None:
     assert "9/10 dfa 500-500 tanh, 2 cells █" in worker
     assert worker.endswith("▁ 12,346 examples/s")
     assert best == "best val_loss 0.1 by dfa, 0.5 by bp, 1.1 by drtp, 2.1 by ll-cce, 3.1 by ll-mse"
+
+
+def test_of_many_workers_some_have_a_bar(screen: Screen) -> None:
+    screen(True)
+    with LiveProgress(OUTSET) as progress:
+        for worker in range(1, 1001):
+            progress(worker, BEGAN)
+            progress(worker, Trained(5, 100.0, None))
+        cells, *bars, more, best = rows(progress)
+        assert cells.endswith(" left, 100,000 examples/s")
+        assert [bar.split()[1] for bar in bars] == list("12345678")
+        assert all(bar.endswith("5/10 dfa 500-500 tanh, 2 cells 100 examples/s") for bar in bars)
+        assert (more, best) == ("and 992 more workers", "best val_loss 0.5 by bp")
+
+        progress(3, BEGAN)  # its next cohort
+        progress(5, GivenUp())
+        progress(7, Left("done"))
+        cells, *bars, more, best = rows(progress)
+        assert cells.endswith(" left, 99,700 examples/s")
+        assert [bar.split()[1] for bar in bars] == ["1", "2", "3", "4", "6", "8", "9", "10"]
+        assert more == "and 990 more workers"
+
+        for worker in range(9, 1001):
+            progress(worker, Left("done"))
+        cells, *bars, best = rows(progress)
+        assert [bar.split()[1] for bar in bars] == ["1", "2", "3", "4", "6", "8"]
+        assert len(progress._tasks) == 7
+        for worker in (2, 3, 4, 6, 8):
+            progress(worker, GivenUp())
+        cells, bar, best = rows(progress)
+        assert cells.endswith(" left")
+        assert bar.endswith(" 100 examples/s")
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(False, "xterm"), (True, "dumb")])

@@ -310,8 +310,10 @@ def test_who_works_is_known(study: Study) -> None:
         assert (worker["token"], worker["pid"], worker["facts"]) == (owner.token, os.getpid(), owner.facts)
         assert before - 1 < worker["began"] < time.time() + 1
         assert worker["lease"] - worker["began"] == pytest.approx(owners.LEASE_SECONDS, abs=1)
+        assert study.spent() is None
+        owner.facts = owner.facts | {"spent": 90.0}
         study.retire(owner)
-        assert study.workers() == []
+        assert (study.workers(), study.spent()) == ([], 90.0)
     assert study.counts()["interrupted"] == 1
 
 

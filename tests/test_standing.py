@@ -6,31 +6,37 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
+from bpf.cluster.desk import Desk
+from bpf.cluster.remote import Line, RemoteStudy
 from bpf.console import tables
 from bpf.data.cache import load
-from bpf.errors import UsageError
+from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment, prepare
 from bpf.experiment.grid import resolve_options
 from bpf.experiment.plugins import load_rules
+from bpf.interrupts import Interrupted
 from bpf.locks import is_held
 from bpf.results import summary
 from bpf.spec.grid import GridSpec
 from bpf.study import owner as owners
 from bpf.study import study as study_module
 from bpf.study.database import Database
-from bpf.study.holder import Progress
+from bpf.study.holder import Holder, Progress
 from bpf.study.owner import Owner
 from bpf.workers import worker as worker_module
 from bpf.workers.events import Event, Trained
+from bpf.workers.files import Folder
 from bpf.workers.job import Job, Terms
+from bpf.workers.stopping import Stop
 from bpf.workers.worker import Worker
 from waiting import eventually
 
@@ -183,6 +189,7 @@ def test_the_time_left_is_that_of_running_cells_at_their_own_pace(
             f"worker on here, process {summary.status(experiment)['workers'][0]['pid']}, cpu: dfa 8 tanh, 1 cell, "
             "2 executions stacked: epoch 3 of 4, 1,234 examples/s",
             "0 s of training in finished cells, about 2 min left",
+            "1 worker at work, 1,234 examples/s",
         ]
 
 
@@ -201,6 +208,7 @@ HOSTILE = [
             {"at": GOOD | {"epoch": "3"}},
             {"at": GOOD | {"cells": True}},
             {"at": GOOD | {"speed": float("nan")}},
+            {"at": GOOD | {"speed": 1e300}},
             {"at": GOOD | {"seconds": -1.0}},
             {"at": GOOD | {"executions": 10**30}},
             {"at": {}},
@@ -236,10 +244,194 @@ def test_what_fits_is_kept_beside_what_does_not(tmp_path: Path) -> None:
     with at_work(experiment):
         with closing(sqlite3.connect(experiment.directory / "study.db", isolation_level=None)) as other:
             said = {"host": "there", "device": ["cpu"], "torch": "\x07", "new": 1, "at": GOOD | {"new": 1}}
+            said |= {"node": "\x1b[2J", "dashboard": "http://there", "spent": "7"}
             other.execute("UPDATE bpf_owners SET facts = ?", (json.dumps(said),))
-        [worker] = summary.status(experiment)["workers"]
+        status = summary.status(experiment)
+        [worker] = status["workers"]
         assert set(worker) == {"pid", "host", "since", "progress"}
         assert worker["progress"] == AT.as_json()
+        assert status["nodes"] == [{"name": "there", "workers": 1, "devices": [], "throughput": 1234.5}]
+        assert (status["dashboard"], status["device_hours"]) == (None, None)
+
+
+# What it has cost
+
+
+def test_workers_share_the_time_of_a_gpu_and_have_a_core_of_their_own(tmp_path: Path) -> None:
+    experiment = planned(tmp_path / "grid")
+    with closing(experiment.open_study()) as study:
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu", sharers=4))
+        worker = Worker.of(job, study, lambda event: None)
+        worker.holder = holder = Holder("token")
+        holder._began -= 1000
+        worker._reckon()
+        assert holder.facts["spent"] == pytest.approx(1000, abs=50)
+        worker._device = torch.device("cuda:0")
+        worker._reckon()
+        assert holder.facts["spent"] == pytest.approx(250, abs=12)
+        holder.begin_anew("other")
+        assert "spent" not in holder.facts
+        worker._reckon()
+        assert holder.facts["spent"] < 50
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_worker_notes_what_it_has_cost_until_it_ends(stops: bool, tmp_path: Path) -> None:
+    experiment, stop = planned(tmp_path / "grid"), Stop()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Trained):
+            worker.holder._began -= 100  # each epoch took so much longer
+            if stops:
+                stop.request()
+
+    with closing(experiment.open_study()) as study:
+        job = Job(experiment.database, experiment.name, experiment.data_dir, experiment.files, Terms("cpu"))
+        worker = Worker.of(job, study, tell, stop)
+        if stops:
+            with pytest.raises(Interrupted):
+                worker.run()
+        else:
+            worker.run()
+        assert study.workers() == []
+        assert study.spent() == pytest.approx(100 if stops else 400, abs=60)
+    assert summary.status(experiment)["device_hours"] == pytest.approx(study_spent(experiment) / 3600, abs=1e-6)
+
+
+def study_spent(experiment: Experiment) -> float:
+    with closing(experiment.read_study()) as study:
+        return study.spent() or 0.0
+
+
+def test_the_cost_is_that_of_all_workers_dead_or_alive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = planned(tmp_path / "grid", lr=[0.1, 0.01, 0.001])
+    assert summary.status(experiment)["device_hours"] is None
+    assert shown(experiment, capsys)[-1] == "no worker at work"
+    with closing(experiment.open_study()) as study:
+        for hours, ends in ((1.0, "is killed"), (2.0, "retires"), (0.5, "is killed"), (3.25, "retires")):
+            with Owner(study.locks, {"host": "here"}) as owner:
+                assert study.claim(owner, lambda row: 1)
+                owner.facts = owner.facts | {"spent": 3600 * hours}
+                if ends == "retires":
+                    study.retire(owner)
+                else:
+                    study.note(owner, AT)
+            study.repair()
+        assert study.spent() == 3600 * 6.75
+    assert shown(experiment, capsys)[-1] == "no worker at work, 6.75 device-hours so far"
+
+
+SENSELESS = [
+    "not JSON",
+    "[" * 100_000,
+    "9" * 10_000,
+    '{"spent": NaN}',
+    '{"spent": Infinity}',
+    f'{{"spent": {"9" * 5000}}}',
+    *(json.dumps({"spent": said}) for said in (None, -1.0, "7", True, [7], {"spent": 7}, 10**30, 1e300)),
+    *map(json.dumps, (None, 7, [], "text", {})),
+]
+
+
+def test_a_cost_that_makes_no_sense_is_not_counted(tmp_path: Path) -> None:
+    experiment = planned(tmp_path / "grid")
+    with closing(sqlite3.connect(experiment.directory / "study.db", isolation_level=None)) as other:
+        for number, said in enumerate([*SENSELESS, '{"spent": 1.5}', '{"spent": 2}', '{"spent": 0}']):
+            values = (experiment.name, f"token-{number}", "elsewhere", 1, "", said, 1.0, 0.0)
+            other.execute("INSERT INTO bpf_owners VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        assert study_spent(experiment) == 3.5
+        other.execute(
+            "DELETE FROM bpf_owners WHERE facts IN (?, ?, ?)", ('{"spent": 1.5}', '{"spent": 2}', '{"spent": 0}')
+        )
+        assert summary.status(experiment)["device_hours"] is None
+
+
+def test_what_workers_at_the_desk_have_cost_comes_to_the_study(tmp_path: Path) -> None:
+    experiment = planned(tmp_path / "grid", lr=[0.1, 0.01])
+    with closing(experiment.open_study()) as study:
+        desk = Desk(study, Folder(experiment.files), lambda seat, event: None)
+        remote = RemoteStudy(Line(desk.answer, patience=0.0), "1-1")
+        with remote.enrolled({"host": "here", "node": "10.0.0.5"}) as holder:
+            assert remote.claim(holder, lambda row: 1)
+            assert study.spent() is None
+            holder.facts = holder.facts | {"spent": 10.0}
+            remote.note(holder, AT)
+            assert study.spent() == 10
+            desk.leave("1-1")  # it is taken for dead, and comes anew
+            assert remote.claim(holder, lambda row: 1)
+            assert "spent" not in holder.facts
+            holder.facts = holder.facts | {"spent": 20.0}
+        assert study.spent() == 30
+
+        def break_off() -> None:
+            with remote.enrolled({"host": "here"}) as holder:
+                assert remote.claim(holder, lambda row: 1)
+                holder.facts = holder.facts | {"spent": 40.0}
+                raise RunError("broken")
+
+        with pytest.raises(RunError, match="broken"):
+            break_off()
+        assert study.spent() == 70
+        desk.close()
+
+
+# Many workers
+
+
+@contextmanager
+def all_at_work(experiment: Experiment, said: list[dict[str, Any]]) -> Iterator[None]:
+    """A worker for each of the facts."""
+    with closing(experiment.open_study()) as study, ExitStack() as owners:
+        for facts in said:
+            owner = owners.enter_context(Owner(study.locks))
+            owner.facts = facts
+            assert study.claim(owner, lambda row: 1)
+        yield
+
+
+def working(node: str | None, device: str, speed: float, **more: Any) -> dict[str, Any]:
+    return {"host": "a", "node": node, "device": device, "at": GOOD | {"speed": speed}, **more}
+
+
+def test_several_nodes_have_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = planned(tmp_path / "grid", lr=[0.1, 0.01, 0.001, 0.2])
+    said = [
+        working("10.0.0.5", "cuda:1", 1000.0, dashboard="10.0.0.4:8265", spent=7200.0),
+        working("10.0.0.4", "cpu", 20.5),
+        working("10.0.0.5", "cuda:0", 300.0, dashboard="\x1b[2J:1"),
+        {"at": None, "spent": 36_000.0},
+    ]
+    with all_at_work(experiment, said):
+        status = summary.status(experiment)
+        assert status["nodes"] == [
+            {"name": "10.0.0.4", "workers": 1, "devices": ["cpu"], "throughput": 20.5},
+            {"name": "10.0.0.5", "workers": 2, "devices": ["cuda:0", "cuda:1"], "throughput": 1300.0},
+            {"name": None, "workers": 1, "devices": [], "throughput": 0},
+        ]
+        assert [worker.get("node") for worker in status["workers"]].count("10.0.0.5") == 2
+        assert (status["throughput"], status["dashboard"], status["device_hours"]) == (1320.5, "10.0.0.4:8265", 12.0)
+        lines = shown(experiment, capsys)
+    assert [*lines[1:6], lines[-1]] == [
+        "node 10.0.0.4: 1 worker, cpu, 20 examples/s",
+        "node 10.0.0.5: 2 workers, cuda:0, cuda:1, 1,300 examples/s",
+        "node ?: 1 worker",
+        f"each worker: bpf status {experiment.directory} --json",
+        "Ray's dashboard: http://10.0.0.4:8265",
+        "4 workers at work, 1,320 examples/s, 12.0 device-hours so far",
+    ]
+
+
+@pytest.mark.parametrize("workers", [8, 9])
+def test_many_workers_of_a_node_have_one_line(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = planned(tmp_path / "grid", lr=[0.001 * (n + 1) for n in range(9)])
+    with all_at_work(experiment, [working(None, "cpu", 100.0) for _ in range(workers)]):
+        lines = shown(experiment, capsys)[1:]
+        if workers == 8:
+            assert [line[:16] for line in lines[:8]] == ["worker on a, pro"] * 8
+        else:
+            assert lines[0] == "node a: 9 workers, cpu, 900 examples/s"
+            assert lines[1] == f"each worker: bpf status {experiment.directory} --json"
+        assert lines[-1] == f"{workers} workers at work, {workers}00 examples/s"
 
 
 # A start

@@ -174,10 +174,11 @@ class Desk:
         self._study.note(guest.owner, Progress.model_validate(progress))
 
     @validate_call
-    def do_retire(self, token: Word) -> None:
+    def do_retire(self, token: Word, facts: dict[str, Any]) -> None:
         with suppress(Fenced):
             guest = self._guest(token)
             assert guest.owner is not None
+            guest.owner.facts |= facts
             self._study.retire(guest.owner)
             self.leave(guest.seat)
 

@@ -118,8 +118,17 @@ class RemoteStudy:
     def enrolled(self, facts: dict[str, Any]) -> Iterator[Holder]:
         self._facts = facts
         holder = Holder(self._enroll(), facts)
-        yield holder
-        self._line.ask("retire", token=holder.token)
+        try:
+            yield holder
+        except BpfError:
+            self.patience = 0.0
+            with suppress(BpfError):
+                self._retire(holder)
+            raise
+        self._retire(holder)
+
+    def _retire(self, holder: Holder) -> None:
+        self._line.ask("retire", token=holder.token, facts=holder.facts)
 
     def _enroll(self) -> str:
         token: str = self._line.ask("enroll", seat=self._seat, facts=self._facts, pid=os.getpid())

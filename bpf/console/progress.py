@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN_RULES = 5
+SHOWN_WORKERS = 8
 
 
 class LiveProgress:
@@ -36,6 +38,7 @@ class LiveProgress:
         self._curves: dict[int, list[float]] = {}
         self._at_work: dict[int, Began] = {}
         self._shares: dict[int, float] = {}
+        self._speeds: dict[int, float] = {}
         self._states: Counter[str] = Counter()
         self._start = self._spoke = time.monotonic()
         self._trouble = ""
@@ -52,7 +55,8 @@ class LiveProgress:
         )
         self._cells = self._progress.add_task("cells", total=outset.total, completed=self._ended, note="")
         self._tasks: dict[int, TaskID] = {}
-        self._leaders = Text(self._told_best(SHOWN_RULES), no_wrap=True, overflow="ellipsis")
+        self._shown: list[int] = []
+        self._leaders = Text(self._told_below(), no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._leaders), console=err, transient=True)
 
     def __enter__(self) -> "LiveProgress":
@@ -76,23 +80,26 @@ class LiveProgress:
             self._warn(event.text)
         elif isinstance(event, GivenUp | Left):
             self._rest(worker)
-        self._progress.update(self._cells, completed=self._ended, note=", ".join(self._how_far()))
-        self._leaders.plain = self._told_best(SHOWN_RULES)
+            self._choose()
+            if isinstance(event, Left) and worker in self._tasks:
+                self._progress.remove_task(self._tasks.pop(worker))
+        note = ", ".join((*self._how_far(), *self._together()))
+        self._progress.update(self._cells, completed=self._ended, note=note)
+        self._leaders.plain = self._told_below()
 
     def _began(self, worker: int, event: Began) -> None:
         self._rest(worker)
         self._at_work[worker], self._curves[worker] = event, []
         if worker not in self._tasks:
-            self._tasks[worker] = self._progress.add_task(f"worker {worker}", total=None, note="")
-        self._progress.update(
-            self._tasks[worker], total=event.epochs, completed=event.epoch, note=_cohort(event), visible=True
-        )
+            self._tasks[worker] = self._progress.add_task(f"worker {worker}", total=None, note="", visible=False)
+        self._progress.update(self._tasks[worker], total=event.epochs, completed=event.epoch, note=_cohort(event))
+        self._choose()
 
     def _trained(self, worker: int, event: Trained) -> None:
         began = self._at_work[worker]
         share = (event.epoch - began.epoch) / max(1, began.epochs - began.epoch) * began.cost
         self._spent += share - self._shares.get(worker, 0.0)
-        self._shares[worker] = share
+        self._shares[worker], self._speeds[worker] = share, event.speed
         curve = self._curves.setdefault(worker, [])
         curve += [event.objective] if event.objective is not None else []
         note = " ".join(filter(None, (_cohort(began), sparkline(curve), f"{event.speed:,.0f} examples/s")))
@@ -117,9 +124,17 @@ class LiveProgress:
     def _rest(self, worker: int) -> None:
         """The worker has no cohort any more: what it did is done, or will be done again."""
         self._shares.pop(worker, None)
+        self._speeds.pop(worker, None)
         self._at_work.pop(worker, None)
-        if worker in self._tasks:
-            self._progress.update(self._tasks[worker], visible=False)
+
+    def _choose(self) -> None:
+        """Show bars of so many workers at work, and of the same ones as long as they are."""
+        before = set(self._shown)
+        self._shown = [worker for worker in self._shown if worker in self._at_work]
+        others = (worker for worker in self._at_work if worker not in before)
+        self._shown += islice(others, SHOWN_WORKERS - len(self._shown))
+        for worker in before.symmetric_difference(self._shown):
+            self._progress.update(self._tasks[worker], visible=worker in self._shown)
 
     def _warn(self, text: str) -> None:
         """Each trouble once, however often it is told in a row."""
@@ -138,6 +153,16 @@ class LiveProgress:
         if self._spent and self._ended < self._outset.total:
             parts.append(f"{duration(max(0.0, left) / self._spent * (time.monotonic() - self._start))} left")
         return parts + [f"{count} {state}" for state, count in self._states.items() if state != "complete"]
+
+    def _together(self) -> list[str]:
+        """The speed of several workers."""
+        return [f"{sum(self._speeds.values()):,.0f} examples/s"] if len(self._speeds) > 1 else []
+
+    def _told_below(self) -> str:
+        """What stands below the bars."""
+        others = len(self._at_work) - len(self._shown)
+        more = f"and {counted(others, 'more worker')}" if others else ""
+        return "\n".join(filter(None, (more, self._told_best(SHOWN_RULES))))
 
     def _told_best(self, rules: int) -> str:
         """The best values so far of so many rules."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LONG_SECONDS = 60.0
 """In a shorter grid nobody need care what trackers cost."""
+SHOWN_WORKERS = 8
+"""With more of them `bpf status` has a line for each node."""
 
 
 def show_plan(planned: "Planned", spec: GridSpec, directory: Path, dry_run: bool) -> None:
@@ -176,7 +178,7 @@ def _table(title: str, ranked: Sequence[Ranked], names: Collection[str], objecti
 
 
 def show_status(status: dict[str, Any]) -> None:
-    """Cells by state, what troubled them, who works on them, and how long the rest will take."""
+    """Cells by state, what troubled them, who works on them, how long the rest will take, and what it has cost."""
     cells, starting = status["cells"], status["starting"]
     if starting and not cells["total"]:
         say(f"{status['experiment']}: starting for {_age(starting)}, nothing is planned yet")
@@ -185,9 +187,8 @@ def show_status(status: dict[str, Any]) -> None:
     say(f"{status['experiment']}: {counted(cells['total'], 'cell')}: {', '.join(parts) or 'none planned'}")
     for cause, states in status["causes"].items():
         say(f"{CAUSES[cause]}: {', '.join(f'{count} {_now(state)}' for state, count in states.items())}")
-    for worker in status["workers"]:
-        who = f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}"
-        say(f"{who}: {_told(worker['progress'])}" if worker["progress"] else who)
+    for line in _workers(status):
+        say(line)
     if starting:
         say(f"starting for {_age(starting)}, no worker is there yet")
     left = status["eta_seconds"]
@@ -195,6 +196,31 @@ def show_status(status: dict[str, Any]) -> None:
     if left and not status["workers"]:
         rest += " for one worker"
     say(f"{duration(status['elapsed_seconds'])} of training in finished cells, {rest}")
+    workers, hours = len(status["workers"]), status["device_hours"] or 0.0
+    at_work = f"{counted(workers, 'worker') if workers else 'no worker'} at work"
+    spent = f"{hours:,.{2 if hours < 10 else 1}f}" if hours >= 0.01 else "less than 0.01"
+    cost = "" if status["device_hours"] is None else f"{spent} device-hours so far"
+    say(", ".join(filter(None, (at_work, _speed(status), cost))))
+
+
+def _workers(status: dict[str, Any]) -> Iterator[str]:
+    """A line for each worker, or for each node if there are many."""
+    workers, nodes = status["workers"], status["nodes"]
+    if len(workers) > SHOWN_WORKERS or len(nodes) > 1:
+        for node in nodes:
+            there = (counted(node["workers"], "worker"), *node["devices"], _speed(node))
+            yield f"node {node['name'] or '?'}: {', '.join(filter(None, there))}"
+        yield f"each worker: bpf status {quote(status['experiment'])} --json"
+    else:
+        for worker in workers:
+            who = f"worker on {worker.get('host', '?')}, process {worker['pid']}, {worker.get('device', '?')}"
+            yield f"{who}: {_told(worker['progress'])}" if worker["progress"] else who
+    if status["dashboard"]:
+        yield f"Ray's dashboard: http://{status['dashboard']}"
+
+
+def _speed(of: dict[str, Any]) -> str:
+    return f"{of['throughput']:,.0f} examples/s" if of["throughput"] else ""
 
 
 def _age(moment: str) -> str:

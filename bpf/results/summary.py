@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
@@ -41,16 +41,17 @@ def status(experiment: Experiment) -> dict[str, Any]:
     """Cells by state and trouble, who works on them and how far each is, seconds spent, and seconds left.
 
     The time left is that of the cohorts in training at their own pace, and of the others at the pace of all that was
-    trained so far, shared by the workers that are alive. `starting` says since when the experiment is, if it is.
+    trained so far, shared by the workers that are alive. `throughput` is in examples a second, `device_hours` are those
+    of all workers there ever were. `starting` says since when the experiment is, if it is.
     """
     held = experiment.held_since()
     starting = None if held is None else _utc(held)
     try:
-        tallies, workers = _at_work(experiment)
+        tallies, workers, spent = _at_work(experiment)
     except UsageError:
         if starting is None:
             raise
-        tallies, workers = ([], []) if experiment.is_unplanned() else _at_work(experiment)
+        tallies, workers, spent = ([], [], None) if experiment.is_unplanned() else _at_work(experiment)
     counts = dict.fromkeys(STATES, 0)
     causes: dict[str, dict[str, int]] = {}
     for tally in tallies:
@@ -67,20 +68,44 @@ def status(experiment: Experiment) -> dict[str, Any]:
         "cells": {"total": sum(counts.values()), **counts},
         "causes": causes,
         "workers": [worker.as_json() for worker in workers],
+        "nodes": _nodes(workers),
+        "throughput": _throughput(workers),
+        "dashboard": next((worker.facts.dashboard for worker in workers if worker.facts.dashboard), None),
+        "device_hours": None if spent is None else round(spent / 3600, 6),
         "elapsed_seconds": round(sum(tally.seconds for tally in tallies), 3),
         "eta_seconds": None if eta is None else round(eta, 3),
         "starting": starting,
     }
 
 
-def _at_work(experiment: Experiment) -> "tuple[list[Tally], list[_Worker]]":
-    """The cells, and the workers whose records can be read."""
+def _at_work(experiment: Experiment) -> "tuple[list[Tally], list[_Worker], float | None]":
+    """The cells, the workers whose records can be read, and the device-seconds of all there ever were."""
     with closing(experiment.read_study()) as study:
         tallies, workers = study.tally(), []
         for record in study.workers():
             with suppress(ValidationError):
                 workers.append(_Worker.model_validate(record))
-        return tallies, workers
+        return tallies, workers, study.spent()
+
+
+def _nodes(workers: "Sequence[_Worker]") -> list[dict[str, Any]]:
+    """The nodes of a cluster, or the hosts, on which there are workers, by name; those that say none are at the end."""
+    found: dict[str | None, list[_Worker]] = {}
+    for worker in workers:
+        found.setdefault(worker.facts.node or worker.facts.host, []).append(worker)
+    return [
+        {
+            "name": name,
+            "workers": len(there),
+            "devices": sorted({worker.facts.device for worker in there if worker.facts.device}),
+            "throughput": _throughput(there),
+        }
+        for name, there in sorted(found.items(), key=lambda pair: (pair[0] is None, pair[0] or ""))
+    ]
+
+
+def _throughput(workers: "Sequence[_Worker]") -> float:
+    return round(sum(worker.facts.at.speed for worker in workers if worker.facts.at), 3)
 
 
 def _time_left(tallies: Sequence[Tally], at_work: Sequence[Progress | None]) -> float | None:
@@ -99,9 +124,11 @@ class _Facts(BaseModel):
     """What a worker says of itself; what does not fit is left out."""
 
     host: Said | None = None
+    node: Said | None = None
     device: Said | None = None
     bpf: Said | None = None
     torch: Said | None = None
+    dashboard: Annotated[str, Field(pattern=r"^[\w.-]+:\d{1,5}$", max_length=300)] | None = None
     at: Progress | None = None
 
     @field_validator("*", mode="wrap")
@@ -126,7 +153,7 @@ class _Worker(BaseModel):
         return value if isinstance(value, dict) else {}
 
     def as_json(self) -> dict[str, Any]:
-        said = self.facts.model_dump(exclude={"at"}, exclude_none=True)
+        said = self.facts.model_dump(exclude={"at", "dashboard"}, exclude_none=True)
         at = self.facts.at
         return {"pid": self.pid, **said, "since": _utc(self.began), "progress": None if at is None else at.as_json()}
 

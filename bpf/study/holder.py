@@ -1,12 +1,15 @@
 """Who holds cells, and how far they are, as values: what a worker knows of itself. It needs no database."""
 
 import threading
+import time
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Said = Annotated[str, Field(pattern=r"^[\w.:+ -]+$", max_length=700)]
 """What an owner says of itself in words that a terminal may be given, whoever wrote it."""
+Spent = Annotated[float, Field(strict=True, ge=0, le=1e11, allow_inf_nan=False)]
+"""Seconds of one device that an owner has had for itself, as they stand in its `facts`."""
 
 
 class Progress(BaseModel):
@@ -26,7 +29,7 @@ class Progress(BaseModel):
     began: int = Field(ge=0, le=10**9)
     epoch: int = Field(ge=0, le=10**9)
     epochs: int = Field(ge=1, le=10**9)
-    speed: float = Field(ge=0)
+    speed: float = Field(ge=0, le=1e15)
     seconds: float = Field(ge=0)
     cost: float = Field(ge=0)
 
@@ -50,15 +53,22 @@ class Progress(BaseModel):
 
 
 class Holder:
-    """A worker's right to its cells; `facts` say to a person who it is (host, device, versions), and how far (`at`).
+    """A worker's right to its cells; `facts` say to a person who it is (host, device, versions), how far (`at`), and
+    what it has cost (`spent`).
 
     `lost` is set when another process has declared it dead; what it still trains is not its own any more.
     """
 
     def __init__(self, token: str, facts: dict[str, Any] | None = None) -> None:
-        self.begin_anew(token)
         self.facts = facts or {}
+        self.begin_anew(token)
 
     def begin_anew(self, token: str) -> None:
-        """Become another owner, after having been declared dead."""
+        """Become another owner, after having been declared dead; what that one has cost stays with it."""
         self.token, self.lost = token, threading.Event()
+        self.facts = {name: said for name, said in self.facts.items() if name != "spent"}
+        self._began = time.monotonic()
+
+    def reckon(self, sharers: int) -> None:
+        """Say what it has cost so far, on a device that it shares with others, `sharers` in all."""
+        self.facts = self.facts | {"spent": round((time.monotonic() - self._began) / sharers, 3)}

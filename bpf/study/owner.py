@@ -5,6 +5,7 @@ heartbeats and without a grace period. On a server's database an owner also rene
 time; on another machine, where its lock cannot be seen, it counts as dead when the lease has run out.
 """
 
+import math
 import os
 import re
 import secrets
@@ -19,13 +20,15 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from bpf.locks import is_held
 from bpf.reading import json_of
 from bpf.study import stored
-from bpf.study.holder import Holder
+from bpf.study.holder import Holder, Spent
 from bpf.study.schema import owners
 
+_SPENT: TypeAdapter[float] = TypeAdapter(Spent)
 _LOCK = re.compile(r"[0-9a-f]{16}\.lock")
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
@@ -120,10 +123,11 @@ def renew(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
     return connection.execute(change).rowcount == 1
 
 
-def retire(connection: sa.Connection, experiment: str, token: str) -> None:
-    """Note that an owner is gone, so that it learns of it if it should still live."""
+def retire(connection: sa.Connection, experiment: str, token: str, facts: dict[str, Any] | None = None) -> None:
+    """Note that an owner is gone, so that it learns of it if it should still live; its last `facts` are kept."""
     mine = (owners.c.experiment == experiment, owners.c.token == token)
-    connection.execute(sa.update(owners).where(*mine).values(lease=0.0))
+    last = {} if facts is None else {"facts": facts}
+    connection.execute(sa.update(owners).where(*mine).values(lease=0.0, **last))
 
 
 def is_retired(connection: sa.Connection, experiment: str, owner: Owner) -> bool:
@@ -141,6 +145,20 @@ def living(connection: sa.Connection, experiment: str, locks: Path, here_only: b
     tokens = [stored.word(record["token"]) for record in known]
     gone = dead(connection, experiment, tokens, locks, here_only, True)
     return [record for record in known if record["token"] not in gone]
+
+
+def spent(connection: sa.Connection, experiment: str) -> float | None:
+    """Seconds of a device that all owners together have had, also those that are gone; None if none has noted any.
+
+    What does not fit is left out.
+    """
+    found = []
+    query = sa.select(sa.type_coerce(owners.c.facts, sa.Text)).where(owners.c.experiment == experiment)
+    for facts in map(_parsed, connection.scalars(query)):
+        if isinstance(facts, dict):
+            with suppress(ValidationError):
+                found.append(_SPENT.validate_python(facts.get("spent")))
+    return math.fsum(found) if found else None
 
 
 def _parsed(text: Any) -> Any:

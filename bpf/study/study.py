@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
+from bpf.errors import BpfError, RunError
 from bpf.files import explaining
 from bpf.study import owner as owners
 from bpf.study import plan, schema
@@ -215,11 +216,17 @@ class Study(StudyView):
 
     @contextmanager
     def enrolled(self, facts: dict[str, Any]) -> Iterator[Owner]:
-        """Be an owner of cells, known as alive meanwhile. Whoever leaves in order is retired."""
+        """Be an owner of cells, known as alive meanwhile. Whoever leaves by itself is retired, with its last facts."""
         with explaining(self.locks):
             owner = Owner(self.locks, facts)
         with owner, self.renewing(owner):
-            yield owner
+            try:
+                yield owner
+            except BpfError:
+                self.patience = 0.0
+                with suppress(RunError):  # with the database away, the lock says as much
+                    self.retire(owner)
+                raise
             self.retire(owner)
 
     @contextmanager
@@ -267,10 +274,10 @@ class Study(StudyView):
             connection.execute(change, values)
 
     @patient
-    def retire(self, owner: Owner) -> None:
+    def retire(self, owner: Holder) -> None:
         """Note that an owner ends its work; what it has not released counts as interrupted from here on."""
         with self._transaction() as connection:
-            owners.retire(connection, self.experiment, owner.token)
+            owners.retire(connection, self.experiment, owner.token, owner.facts)
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:

@@ -126,6 +126,15 @@ class StudyView:
             return owners.living(connection, self.experiment, self.locks, self.database.path is not None)
 
     @patient
+    def spent(self) -> float | None:
+        """Device-seconds of all workers there ever were, with lost and idle work; None if none has noted any.
+
+        Workers that share a device share its seconds. The last ones of a worker that was killed are missing.
+        """
+        with self._reading() as connection:
+            return owners.spent(connection, self.experiment)
+
+    @patient
     def rules(self) -> list[str]:
         """The learning rules that are planned."""
         with self._reading() as connection:

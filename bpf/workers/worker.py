@@ -96,8 +96,11 @@ class Worker:
         self.study.repair()
         with closing(self.files), self.study.enrolled(self._facts) as owner:
             self.holder = owner
-            while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
-                self._attend(claim)
+            try:
+                while not self.stop.asked and (claim := self.study.claim(owner, self._cohort_size)):
+                    self._attend(claim)
+            finally:
+                self._reckon()
         counts = self.study.counts()
         if self.stop.asked and (counts["pending"] or counts["interrupted"]):
             raise self.stop.interruption()
@@ -165,7 +168,7 @@ class Worker:
         shape = (first.algorithm, first.arch, first.activation, len(claim.rows), len(training.specs))
         self.tell(Began(*shape, training.epoch, training.epochs, training.cost))
         at = self._begun(training)
-        self.study.note(self.holder, at)
+        self._note(at)
         saved = noted = time.monotonic()
         pause = self.terms.checkpoint_seconds
         while not training.done:
@@ -177,7 +180,7 @@ class Worker:
             self.tell(Trained(training.epoch, speed, training.objective))
             is_long = training.epoch == at.began + 1 and took >= LONG_EPOCH_SECONDS
             if is_long or time.monotonic() - noted >= NOTE_SECONDS:
-                self.study.note(self.holder, at)
+                self._note(at)
                 noted = time.monotonic()
             if self.holder.lost.is_set():
                 raise Fenced("The lease has run out.")
@@ -195,6 +198,13 @@ class Worker:
         except RunError:  # the database is gone for good: what is trained need not be trained again
             self._store(training)
             raise
+
+    def _note(self, at: Progress) -> None:
+        self._reckon()
+        self.study.note(self.holder, at)
+
+    def _reckon(self) -> None:
+        self.holder.reckon(1 if self._device.type == "cpu" else self.terms.sharers)  # each has a core of its own
 
     def _begun(self, training: ClaimTraining) -> Progress:
         """How far a cohort is that begins, or goes on, here."""
