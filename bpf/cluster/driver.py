@@ -92,8 +92,10 @@ class Driver:
         self._logs = NodeLogs(self.experiment.directory)
         self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
         self.study.repair()
+        if self.engine.dashboard:
+            self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
         try:
-            self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self._ray)
+            self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
             with carried(self._ray, posted.Post, self._desk.answer) as self._post:
                 self._go_on()
         finally:

@@ -219,8 +219,8 @@ class Engine:
             cure = "Start a cluster (`ray start --head`), name one (--on HOST:PORT), or use one of your own: --on ray."
         else:
             cure = (
-                "Check that its head runs and can be reached from here, with the same versions of Ray and Python, and that "
-                "RAY_AUTH_TOKEN is that of the cluster."
+                "Check that its head runs and can be reached from here, with the same versions of Ray and Python, and "
+                "that RAY_AUTH_TOKEN is the token of the cluster."
             )
         return UsageError(f"--on {self.on}: there is no Ray cluster to use: {said}. {cure}")
 

@@ -6,22 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from bpf.cluster.engine import Engine
 from bpf.data.cache import Data
 from bpf.experiment.directory import Experiment
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
 
 
-def order(experiment: Experiment, data: Data, checkpoint_seconds: float, ray: Any) -> dict[str, Any]:
+def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine: Engine) -> dict[str, Any]:
     """What is the same for all workers; the data set goes to Ray's object store, which has it once on each node.
 
     No password is in it: what a task is given can be seen by others.
     """
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    references = [ray.put(np.asarray(array.numpy()).view(np.ndarray)) for array in arrays]
+    references = [engine.ray.put(np.asarray(array.numpy()).view(np.ndarray)) for array in arrays]
     return {
         "needs": needs(experiment),
         "names": {ALGORITHMS: list(experiment.grid.algorithm), TRACKERS: list(experiment.grid.trackers)},
         "checkpoint_seconds": checkpoint_seconds,
+        "facts": {"dashboard": engine.dashboard} if engine.dashboard else {},
         "storage": None if experiment.database.path else experiment.database.public,
         "experiment": experiment.name,
         "files": str(experiment.files.resolve()),

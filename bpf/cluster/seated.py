@@ -36,7 +36,8 @@ def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
     try:
         line = Line(send)
         with closing(_study(order, line)) as study:
-            terms = Terms(order["device"], order["sharers"], order["checkpoint_seconds"], {"node": address})
+            facts = {"node": address, **order["facts"], **_gpu()}
+            terms = Terms(order["device"], order["sharers"], order["checkpoint_seconds"], facts)
             worker = Worker(study, _files(order, line), _data(order), terms, pulse.tell, stop)
             pulse.holder = lambda: worker.holder
             worker.run()
@@ -49,6 +50,12 @@ def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
         return _left("crashed", f"{traceback.format_exc().rstrip()} (on {where})")
     finally:
         pulse.close()
+
+
+def _gpu() -> dict[str, str]:
+    """Which GPU of the node this is; here it is the first, as Ray shows no other."""
+    found = ray.get_gpu_ids()
+    return {"device": f"cuda:{found[0]}"} if found else {}
 
 
 def _left(how: str, text: str = "", exit_code: int = 0) -> dict[str, Any]:
