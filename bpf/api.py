@@ -164,7 +164,7 @@ def run(
     ):
         places.take(experiment.files, experiment.directory, experiment.mark)
         if experiment.checkpoints:
-            Bucket(experiment.checkpoints, experiment.name).take(experiment.mark)
+            _bucket(experiment.checkpoints, experiment.name).take(experiment.mark)
         if retry_failed:
             study.retry_failed()
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
@@ -218,7 +218,15 @@ def _check(experiment: Experiment) -> Data:
         _check_subsets(each, loaded)
     if not experiment.is_here:
         experiment.is_unplanned()  # a server that cannot be reached says so now
+    places.check(experiment.files, experiment.directory, experiment.mark)
+    if experiment.checkpoints:
+        _bucket(experiment.checkpoints, experiment.name).check(experiment.mark)
     return loaded
+
+
+def _bucket(url: str, name: str) -> Bucket:
+    """The checkpoints at a URL that a file or a database names, which may be any."""
+    return Bucket(check_url(url), name)
 
 
 def _planned(experiment: Experiment, command: Sequence[str]) -> "Study":
@@ -261,11 +269,14 @@ def join(
             files = checkpoints.resolve() / study.experiment
         elif not files.is_absolute() or not files.is_dir():
             files = Path("bpf-checkpoints").resolve() / study.experiment
-        places.take(files, None, {"experiment": study.experiment, "created": study.settings.get("created")})
+        mark: places.Mark = {"experiment": study.experiment, "created": study.settings.get("created")}
+        places.take(files, None, mark)
         outset = Outset.of(study, spec.objective, spec.executions_per_trial)
         terms = Terms(effort.device or "auto", 1, effort.checkpoint_seconds)
         url = checkpoints if isinstance(checkpoints, str) else study.settings.get("checkpoints")
         where = (Database.at(storage), study.experiment, data_dir or Path("data"), files)
+        if url:
+            _bucket(url, study.experiment).take(mark)
         job = Job(*where, terms, check_url(url) if url else None)
         stop = Stop(effort.max_hours)
         with observe(outset) as observer, stop.on_signals():
@@ -275,14 +286,20 @@ def join(
 
 def clean(experiment: Experiment, kept_checkpoints: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Remove what is not needed any more; returns the `files` and how many `bytes` they have."""
-    from bpf.experiment.upkeep import superfluous
+    from bpf.experiment.upkeep import superfluous, superfluous_stored
 
-    found = superfluous(experiment, kept_checkpoints)
-    size = sum(path.stat().st_size for path in found)
+    found, stored = superfluous(experiment, kept_checkpoints), {}
+    files, size = [str(path) for path in found], sum(path.stat().st_size for path in found)
+    if experiment.checkpoints:
+        bucket = _bucket(experiment.checkpoints, experiment.name)
+        stored = superfluous_stored(experiment, bucket)
+        files, size = files + [bucket.at(name) for name in sorted(stored)], size + sum(stored.values())
     if not dry_run:
         for path in found:
             path.unlink(missing_ok=True)
-    return {"files": [str(path) for path in found], "bytes": size}
+        for name in stored:
+            bucket.remove(name)
+    return {"files": files, "bytes": size}
 
 
 def newest(root: Path, place: Place = NOWHERE_ELSE) -> Experiment:

@@ -110,7 +110,7 @@ Checkpoints = Annotated[
     typer.Option(
         "--checkpoints",
         help="A folder, shared with other machines, for the checkpoints and models of experiments; or a URL for their "
-        "checkpoints, such as s3://BUCKET/FOLDER.",
+        "checkpoints alone, such as s3://BUCKET/FOLDER. Its keys are kept in the environment.",
         metavar="DIR|URL",
         show_default=False,
     ),
@@ -153,21 +153,13 @@ KeepCheckpoints = Annotated[
 
 
 def place_of(storage: str | None, name: str | None, checkpoints: str | None, keep: bool) -> "Place":
+    from bpf.experiment.bucket import place_at
     from bpf.experiment.directory import Place
     from bpf.study.database import Database
 
     usual = storage == os.environ.get("BPF_STORAGE")
-    where = checkpoints_at(checkpoints) if checkpoints else None
+    where = place_at(checkpoints) if checkpoints else None
     return Place(Database.at(storage) if storage else None, name, where, keep, usual)
-
-
-def checkpoints_at(given: str) -> Path | str:
-    """A folder, or the URL of a store. Raises UsageError for one that cannot be."""
-    from bpf.experiment.bucket import check_url, is_url
-
-    if given.startswith("file://"):
-        return Path(given.removeprefix("file://"))
-    return check_url(given) if is_url(given) else Path(given)
 
 
 def opened(directory: Path | None, storage: str | None) -> "Experiment":

@@ -25,7 +25,6 @@ from bpf.cli.arguments import (
     Verbose,
     Workers,
     WorkersPerGpu,
-    checkpoints_at,
     opened,
     place_of,
     print_json,
@@ -208,9 +207,11 @@ def worker(
     machine without a shared `--checkpoints` folder, a cohort that was begun elsewhere begins anew here.
     """
     from bpf import api
+    from bpf.experiment.bucket import place_at
     from bpf.study.database import Database
 
     effort, files = effort_of("1", device, checkpoint_every, max_hours), None
+    kept = place_at(checkpoints) if checkpoints else None
     if directory is not None:
         experiment = opened(directory, storage)
         files = experiment.files  # which its database does not know if the directory has been moved
@@ -221,7 +222,6 @@ def worker(
     else:
         raise UsageError("Name the experiment's directory, or the --storage that its study is kept in.")
     with interruptible("The cells go on with `bpf resume`, or another `bpf worker`."):
-        kept = checkpoints_at(checkpoints) if checkpoints else None
         joined = api.join(where, experiment_name, data_dir, kept, observer(quiet, verbose), effort, files)
     if not quiet:
         tell(f"Nothing is left to claim in {joined}.")

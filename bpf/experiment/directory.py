@@ -326,6 +326,7 @@ def open_experiment(directory: Path, place: Place = NOWHERE_ELSE) -> Experiment:
                 f"The experiment in {directory} cannot be moved: its {what} {there or files}, not {asked}."
             )
     kept = content.keep_checkpoints or place.keep_checkpoints
+    replace(place, checkpoints=content.checkpoints, keep_checkpoints=kept)  # may not be both
     data_dir, created = Path(content.data_dir), content.created
     lying = (database, files, kept, content.checkpoints)
     return Experiment(directory, content.kind, content.name, grid, data_dir, created, *lying)

@@ -62,15 +62,15 @@ def belongs(files: Path, directory: Path | None, mark: Mark) -> bool:
     return found["experiment"] == mark["experiment"] and len(created) < 2
 
 
-def take(files: Path, directory: Path | None, mark: Mark) -> None:
-    """Make a folder for checkpoints and models, and mark it as the experiment's.
+def check(files: Path, directory: Path | None, mark: Mark) -> bool:
+    """Whether a folder for checkpoints and models is the experiment's by now. Nothing is written.
 
-    Raises UsageError if it holds anything else. One without a mark that holds nothing but what bpf puts there is of
-    bpf 0.2 or older, and becomes the experiment's.
+    Raises UsageError if it is not and cannot become it, as it holds anything else. One without a mark that holds
+    nothing but what bpf puts there is of bpf 0.2 or older, and becomes the experiment's.
     """
     check_links(files, KEPT)
     if belongs(files, directory, mark):
-        return
+        return True
     with explaining(files):
         there = {entry.name for entry in files.iterdir()} if files.exists() else set()
         if there - set(KEPT):
@@ -78,7 +78,13 @@ def take(files: Path, directory: Path | None, mark: Mark) -> None:
                 f"{files} is to hold the checkpoints of {mark['experiment']!r}, and holds something else. Choose "
                 "another folder with --checkpoints, or empty this one."
             )
-    write_json(files / MARKER, mark)
+    return False
+
+
+def take(files: Path, directory: Path | None, mark: Mark) -> None:
+    """Make a folder for checkpoints and models, and mark it as the experiment's, where `check` allows it."""
+    if not check(files, directory, mark):
+        write_json(files / MARKER, mark)
 
 
 def checkpoint_path(files: Path, cohort: str) -> Path:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bpf.errors import UsageError
 from bpf.experiment import places
+from bpf.experiment.bucket import Bucket
 from bpf.experiment.directory import Experiment
 from bpf.files import TEMPORARY
 from bpf.locks import is_held
@@ -24,9 +25,7 @@ def superfluous(experiment: Experiment, kept_checkpoints: bool = False) -> list[
     looked for behind a link, and in a folder outside the experiment only where its mark is. `kept_checkpoints` includes
     checkpoints that were kept on purpose. Raises UsageError while anybody trains.
     """
-    with experiment.running(), closing(experiment.open_study()) as study:
-        if study.workers():
-            raise UsageError(f"Workers are training in {experiment.directory}. Clean it when they have ended.")
+    with _at_rest(experiment) as study:
         rows = study.rows()
         found = {
             *_in_directory(experiment, rows),
@@ -38,6 +37,32 @@ def superfluous(experiment: Experiment, kept_checkpoints: bool = False) -> list[
                 *_models(experiment, study, rows),
             }
     return sorted(path for path in found if path.is_file() and not _is_linked(path, experiment))
+
+
+def superfluous_stored(experiment: Experiment, bucket: Bucket) -> dict[str, int]:
+    """Which checkpoints at a URL can go, and their bytes: all but those of cells that go on and those set aside.
+
+    Raises UsageError while anybody trains, and if what lies there is not the experiment's.
+    """
+    with _at_rest(experiment) as study:
+        if not bucket.check(experiment.mark):
+            return {}
+        needed = {f"{row.cohort}.pt" for row in study.rows() if row.state in OPEN}
+        found = {}
+        for name, size in bucket.names().items():
+            unfinished = re.fullmatch(TEMPORARY, name)
+            if _COHORT.fullmatch(unfinished[1] if unfinished else name) and name not in needed:
+                found[name] = size
+        return found
+
+
+@contextmanager
+def _at_rest(experiment: Experiment) -> Iterator[Study]:
+    """The study, while nobody trains. Raises UsageError if anybody does."""
+    with experiment.running(), closing(experiment.open_study()) as study:
+        if study.workers():
+            raise UsageError(f"Workers are training in {experiment.directory}. Clean it when they have ended.")
+        yield study
 
 
 def _in_directory(experiment: Experiment, rows: list[Row]) -> Iterator[Path]:

@@ -169,7 +169,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "name": experiment.name,
         "created": experiment.created,
         "storage": experiment.database.public,
-        "checkpoints": str(experiment.files),
+        "checkpoints": experiment.checkpoints or str(experiment.files),
         "data_dir": str(experiment.data_dir),
         "spec": experiment.grid.model_dump(mode="json"),
         "sessions": experiment.sessions(),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -20,6 +20,8 @@ from bpf.results import models
 from bpf.study.seam import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE_SECONDS
 from bpf.training import checkpoint
 from bpf.workers.job import Job
+
+T = TypeVar("T")
 
 
 class Files(Protocol):
@@ -96,29 +98,32 @@ class Stored:
     """Checkpoints at a URL, through a folder of this process; models where `files` has them."""
 
     def __init__(self, files: Files, bucket: Bucket) -> None:
-        self._files, self._bucket, self._scratch = files, bucket, Scratch()
+        self._files, self._bucket = files, bucket
+        self._scratch: Scratch | None = None
         self.on_wait: Callable[[str], object] = lambda reason: None
 
     def checkpoint(self, cohort: str, begun: bool = True) -> Path:
-        path = self._scratch.checkpoint(cohort)
+        path = self._here(cohort)
+        for other in path.parent.glob("*"):  # of cohorts before
+            other.unlink(missing_ok=True)
         if begun:
             self._patiently(lambda: self._bucket.fetch(path))
         return path
 
     def store(self, cohort: str) -> None:
-        self._patiently(lambda: self._bucket.put(self._scratch.checkpoint(cohort)))
+        self._patiently(lambda: self._bucket.put(self._here(cohort)))
 
     def set_aside(self, cohort: str) -> str:
-        path = self._scratch.checkpoint(cohort)
-        aside = checkpoint.set_aside(path)
-        self._patiently(lambda: self._bucket.put(aside))
-        self._patiently(lambda: self._bucket.remove(path.name))
-        return self._bucket.at(aside.name)
+        path = self._here(cohort)
+        path.unlink(missing_ok=True)
+        return self._bucket.at(self._patiently(lambda: self._bucket.set_aside(path.name)))
 
     def discard(self, cohort: str) -> None:
-        self._scratch.discard(cohort)
+        path = self._here(cohort)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         with suppress(BpfError):
-            self._bucket.remove(self._scratch.checkpoint(cohort).name)
+            self._bucket.remove(path.name)
 
     def save_model(self, rule: str, key: str, content: bytes) -> None:
         self._files.save_model(rule, key, content)
@@ -130,20 +135,25 @@ class Stored:
         self._files.discard_model(rule, key)
 
     def close(self) -> None:
-        self._scratch.close()
+        if self._scratch is not None:
+            self._scratch.close()
         self._files.close()
 
-    def _patiently(self, step: Callable[[], Any]) -> None:
+    def _here(self, cohort: str) -> Path:
+        if self._scratch is None:
+            self._scratch = Scratch()
+        return self._scratch.checkpoint(cohort)
+
+    def _patiently(self, step: Callable[[], T]) -> T:
         """Do a step again while it fails, as long as workers wait for a database."""
         began, pause = time.monotonic(), FIRST_PAUSE
         while True:
             try:
-                step()
-                return
+                return step()
             except RunError as error:
                 if time.monotonic() - began > PATIENCE_SECONDS:
                     raise
-                self.on_wait(str(error))
+                self.on_wait(f"{error} It is tried again.")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -153,13 +163,14 @@ class Scratch(Folder):
 
     def __init__(self) -> None:
         root = private(Path(tempfile.gettempdir()) / f"bpf-scratch-{re.sub(r'[^A-Za-z0-9_.-]', '_', _user())}")
-        for left in root.iterdir():
-            if re.fullmatch("[0-9a-f]{16}", left.name) and is_held(left / "lock") is False:
-                _remove(left)
         super().__init__(root / secrets.token_hex(8))
-        self.path.mkdir()
         self._lock = FileLock(self.path / "lock", thread_local=False)
-        self._lock.acquire()
+        with FileLock(root / "lock"):  # else a folder could be taken for one that is left before its own lock is held
+            for left in root.iterdir():
+                if re.fullmatch("[0-9a-f]{16}", left.name) and not is_held(left / "lock"):
+                    _remove(left)
+            self.path.mkdir()
+            self._lock.acquire()
 
     def close(self) -> None:
         _remove(self.path)
@@ -173,6 +184,8 @@ def open_files(job: Job) -> Files:
 
 def _remove(scratch: Path) -> None:
     """Remove what a scratch folder holds: checkpoints, also those that were being written, and its lock."""
+    if scratch.is_symlink() or (scratch / "checkpoints").is_symlink():
+        return
     with suppress(OSError):
         for path in (scratch / "checkpoints").glob("*"):
             if re.search(r"\.pt(\.|$)", path.name):
