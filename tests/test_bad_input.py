@@ -227,7 +227,7 @@ OPTIONS = {
     f"{TUNE} --lr ,": "--lr: [','] is not accepted: the list is empty or has an empty entry.",
     f"{TRAIN} --device gpu": "--device: 'gpu' is not accepted: "
     "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
-    f"{TUNE} --device cuda:0,mps": "--device: 'cuda:0,cpu' is not accepted: "
+    f"{TUNE} --device cuda:0,mps": "--device: 'cuda:0,mps' is not accepted: "
     "give auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or mps.",
     f"{TRAIN} --device cuda:0,cuda:1": (
         "device cuda:0,cuda:1: a single execution is trained on one device. Give one of them."

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from bpf import locks
 from bpf.cli import app as cli
 from bpf.console import screen
 from bpf.errors import BpfError, Damaged, UsageError
 from bpf.experiment import places, provenance
 from bpf.experiment.directory import Experiment, open_experiment
 from bpf.reading import check_name, json_of, yaml_of
-from bpf.study import owner as owners
 from bpf.study import stored
 from bpf.study.database import Database
 from bpf.study.owner import Owner
@@ -293,22 +293,22 @@ def test_a_lock_is_looked_for_where_it_belongs(ex: Experiment, outside: Path, tm
 
 
 def test_locks_between_users_are_private(tmp_path: Path) -> None:
-    made = owners.private(tmp_path / "bpf-locks-me")
+    made = locks.private(tmp_path / "bpf-locks-me")
     assert made.stat().st_mode & 0o777 == 0o700
     made.chmod(0o755)
-    assert owners.private(made).stat().st_mode & 0o777 == 0o700
+    assert locks.private(made).stat().st_mode & 0o777 == 0o700
     (tmp_path / "link").symlink_to(made)
     (tmp_path / "file").touch()
     for name in ("link", "file"):
         with pytest.raises(UsageError, match="is not a directory of yours"):
-            owners.private(tmp_path / name)
+            locks.private(tmp_path / name)
 
 
 def test_locks_of_somebody_else_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owners.private(tmp_path / "locks")
+    locks.private(tmp_path / "locks")
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UsageError, match="Set TMPDIR"):
-        owners.private(tmp_path / "locks")
+        locks.private(tmp_path / "locks")
 
 
 def test_a_foreign_database_gets_no_tables(
