@@ -20,6 +20,7 @@ from bpf.errors import BpfError, Damaged, UsageError
 from bpf.experiment import places, provenance
 from bpf.experiment.directory import Experiment, open_experiment
 from bpf.reading import check_name, json_of, yaml_of
+from bpf.study import owner as owners
 from bpf.study import stored
 from bpf.study.database import Database
 from bpf.study.owner import Owner
