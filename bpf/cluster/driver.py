@@ -78,6 +78,7 @@ class Driver:
     _number: int = 0
     _cut_short: bool = False
     _worked: bool = False
+    _progressed: bool = False
     _told: set[str] = field(default_factory=set)
 
     def run(self) -> None:
@@ -105,7 +106,8 @@ class Driver:
         looked, told = -LOOK_SECONDS, False
         while True:
             now = time.monotonic()
-            if now - looked >= LOOK_SECONDS or not self._working():
+            if now - looked >= LOOK_SECONDS or self._progressed or not self._working():
+                self._progressed = False
                 looked = now
                 counts = self.study.counts()
                 claimable, running = counts["pending"] + counts["interrupted"], counts["running"]
@@ -207,7 +209,7 @@ class Driver:
                 name, event = self._heard.get_nowait()
             except queue.Empty:
                 return
-            self._worked = True
+            self._worked, self._progressed = True, self._progressed or isinstance(event, Ended)
             if isinstance(event, Saved) or (isinstance(event, Ended) and event.state != "failed"):
                 self._crashes = 0
             seat = seats.get(name)

@@ -1,5 +1,6 @@
 """Ray: how a cluster is made or joined, what nodes it has, and how many workers they take."""
 
+import atexit
 import logging
 import os
 import re
@@ -87,12 +88,15 @@ class Engine:
             raise self._explained(self._failure) from self._failure
 
     def close(self) -> None:
+        """Let go of the cluster; it takes a while, which `join` waits for."""
         self._closing.set()
-        self._thread.join()
         for name, value in self._environment.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+    def join(self) -> None:
+        self._thread.join()
 
     @property
     def dashboard(self) -> str:
@@ -227,6 +231,7 @@ class Engine:
 
 _begun: Engine | None = None
 """The one that is on its way, or in use."""
+_ending: Engine | None = None
 
 
 def begin(on: str, workers: int | None, device: str, per_gpu: int = 1) -> Engine:
@@ -239,16 +244,27 @@ def begin(on: str, workers: int | None, device: str, per_gpu: int = 1) -> Engine
     if _begun is not None and (_begun.on, _begun.workers, _begun.device, _begun.per_gpu) != wanted:
         end()
     if _begun is None:
+        ended()
         _begun = Engine(*wanted)
     return _begun
 
 
 def end() -> None:
-    """Leave the cluster; one of this command's own ends."""
-    global _begun
+    """Leave the cluster; one of this command's own ends. What that takes goes on while others do something else."""
+    global _begun, _ending
     if _begun is not None:
+        ended()
         _begun.close()
-        _begun = None
+        _begun, _ending = None, _begun
+
+
+@atexit.register
+def ended() -> None:
+    """Wait for the end of a cluster that was left."""
+    global _ending
+    if _ending is not None:
+        _ending.join()
+        _ending = None
 
 
 @contextmanager
