@@ -7,8 +7,8 @@ Everything runs `bpf tune` on digits, in pairs whose order alternates. Needs `bp
 
 - **overhead**: a grid of about a minute with `--workers 2`, and with `--on ray --workers 2`. Two times are compared: from the first
   cohort to the last result, where both train; and of the whole command, which has Ray's start and end in it.
-- **start**: seconds from the start of the command to the first epoch, beside what Ray alone takes until two actors answer, in a
-  program that does nothing else: the difference is what bpf adds.
+- **start**: seconds from the start of the command to the first cohort, beside what Ray alone takes until two actors answer,
+  in a program that does nothing else: the difference is what bpf adds.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from pathlib import Path
 
 PROGRAM = str(Path(sys.executable).with_name("bpf"))
 GRID = (
-    "--dataset digits --algorithm bp,dfa,drtp,ll-cce --arch 200-200,150-150 --activation tanh --batch-norm --bw-init ortho "
-    "--lr 0.001,0.003,0.01,0.03 --examples-frac 1 --executions-per-trial 2 --quiet"
+    "--dataset digits --algorithm bp,dfa,drtp,ll-cce --arch 200-200,150-150 --activation tanh --batch-norm "
+    "--bw-init ortho --lr 0.001,0.003,0.01,0.03 --examples-frac 1 --executions-per-trial 2 --quiet"
 )
 RAY_ALONE = """
 import ray
@@ -93,7 +93,8 @@ def overhead(folder: Path, epochs: int, rounds: int) -> dict[str, object]:
         assert isinstance(ratios, list)
         median = statistics.median(ratios)
         print(
-            f"{name}: Ray at {median:.3f} of the speed of processes (median of {rounds}; {min(ratios):.3f} to {max(ratios):.3f})"
+            f"{name}: Ray at {median:.3f} of the speed of processes "
+            f"(median of {rounds}; {min(ratios):.3f} to {max(ratios):.3f})"
         )
     return told
 

@@ -4,6 +4,7 @@ It decides nothing about cells: the study does. When it dies, its workers end wi
 """
 
 import queue
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,8 @@ GRACE_SECONDS = 5.0
 class Seat:
     """A place for a worker: an actor of Ray's, and the `work` that it does now, if any.
 
-    `name` changes when the worker in it does. `again` is when an actor that was lost is asked once more.
+    `name` changes when the worker in it does. `again` is when an actor that was lost is asked once more. One that is
+    `unfit`, as its `node` lacks something, keeps its place there, so that Ray gives it to no other.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Seat:
     work: Any = None
     again: float = 0.0
     unfit: bool = False
+    node: str = ""
     doing: str = "starting"
 
     @property
@@ -92,18 +95,22 @@ class Driver:
         self._heard: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
         self._logs = NodeLogs(self.experiment.directory)
         self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
+        self.study.on_wait = self._wait
         self.study.repair()
         if self.engine.dashboard:
             self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
         try:
             self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
             with carried(self._ray, posted.Post, self._desk.answer) as self._post:
-                self._go_on()
+                try:
+                    self._go_on()
+                finally:
+                    self.study.patience = 0.0  # nobody waits for the answers any more
         finally:
             self._end_all()
 
     def _go_on(self) -> None:
-        looked, told = -LOOK_SECONDS, False
+        looked = -LOOK_SECONDS
         while True:
             now = time.monotonic()
             if now - looked >= LOOK_SECONDS or self._progressed or not self._working():
@@ -117,8 +124,6 @@ class Driver:
                     self._look_at_nodes()
                     self._place(claimable)
                     self.engine.let_spare_go()
-                    if claimable and not told and not self._told_of_waiting():
-                        told = True
             self._listen()
             self._judge()
             self._ask_to_stop()
@@ -147,9 +152,12 @@ class Driver:
             if guest is not None and guest.node in leaving and self._desk.stopping is not None:
                 self._desk.stopping.add(seat.name)
         others = [node for node in self._nodes if node.kind not in self._kinds and (node.cpus or node.gpus)]
-        if others:
+        if others and self.device == "auto":
             kind = "GPUs" if others[0].gpus else "no GPUs"
             self._tell_once(f"A node with {kind} has joined; it is not used, as the others are of another kind.")
+        there = {node.id for node in self._nodes}
+        for seat in [seat for seat in self._seats if seat.unfit and seat.node not in there]:
+            self._remove(seat)
         for guest in self._desk.silent():
             self._bury(guest, blame=False)
             self._tell(
@@ -160,15 +168,16 @@ class Driver:
         """Ask Ray for as many workers as there is room and work for."""
         for kind in self._kinds:
             there = [seat for seat in self._seats if seat.kind == kind and not seat.unfit]
-            unfit = sum(seat.unfit for seat in self._seats)
-            room = (
-                sum(node.seats(kind, self.effort.workers_per_gpu) for node in self._nodes if not node.leaving) - unfit
-            )
+            nodes = [node for node in self._nodes if not node.leaving]
+            room = sum(node.seats(kind, self.effort.workers_per_gpu) for node in nodes)
+            room -= sum(seat.unfit and seat.kind == kind for seat in self._seats)
             if self.effort.workers is not None:
                 room = self.effort.workers - (len(self._working()) - len(there))
             idle = sum(self._desk.guest(seat.name) is None for seat in there)
             for _ in range(min(room - len(there), claimable - idle)):
                 self._start(kind)
+        if claimable and not self._seats:
+            self._tell_once(f"Waiting for nodes: the cluster has {counted(len(self._nodes), 'node')} without room.")
 
     def _start(self, kind: str) -> None:
         self._number += 1
@@ -192,14 +201,17 @@ class Driver:
         works = {seat.work: seat for seat in self._seats if seat.work is not None}
         ended: list[Any] = []
         if works:
-            ended, _ = self._ray.wait(list(works), num_returns=len(works), timeout=POLL_SECONDS)
+            try:
+                ended, _ = self._ray.wait(list(works), num_returns=len(works), timeout=POLL_SECONDS)
+            except Exception as error:
+                raise RunError(f"The Ray cluster cannot be reached any more: {_line(error)}.") from error
         else:
             time.sleep(POLL_SECONDS)
         self._hear()
         for work in ended:
             self._ended(works[work])
         for seat in self._seats:
-            if seat.work is None and not seat.unfit and time.monotonic() >= seat.again:
+            if seat.work is None and not seat.unfit and not self.stop.asked and time.monotonic() >= seat.again:
                 self._ask(seat)
 
     def _hear(self) -> None:
@@ -217,8 +229,8 @@ class Driver:
                 seat.doing = f"{event.rule} with arch {event.arch}"
             guest = self._desk.guest(name)
             self._logs.note(guest.where if guest else "", name, event)
-            if seat is not None:
-                self.observe(seat.number, event)
+            if seat is not None or not name:
+                self.observe(seat.number if seat else 0, event)
 
     def _ended(self, seat: Seat) -> None:
         """The work in a seat has ended, as the worker said, or with its process or its node."""
@@ -226,14 +238,15 @@ class Driver:
         guest = self._desk.guest(seat.name)
         where = guest.where if guest else ""
         try:
-            left = Left(**self._ray.get(work))
+            told = self._ray.get(work)
+            seat.node, left = told.pop("node", ""), Left(**told)
         except self._ray.exceptions.RayActorError:
             seat.again = time.monotonic() + AGAIN_SECONDS
             if guest is not None:
                 self._lost.append((replace(seat), guest, time.monotonic()))
                 self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
             return
-        except self._ray.exceptions.RayError as error:
+        except Exception as error:
             raise RunError(f"Worker {seat.number} could not be run: {_line(error)}") from error
         self._tell(seat.number, left, where)
         self._cut_short |= left.how == "cut short"
@@ -245,8 +258,11 @@ class Driver:
             seat.again = time.monotonic() + AGAIN_SECONDS
             self._crashed(seat, left.text.strip().splitlines()[-1])
         else:
-            self._seats.remove(seat)
-            self.engine.let_go(seat.actor)
+            self._remove(seat)
+
+    def _remove(self, seat: Seat) -> None:
+        self._seats.remove(seat)
+        self.engine.let_go(seat.actor)
 
     def _unfit(self, seat: Seat, left: Left) -> None:
         """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle."""
@@ -260,10 +276,12 @@ class Driver:
 
     def _judge(self) -> None:
         """Take the cells of workers that died: they count as killed, unless their node has died with them."""
-        waiting = []
+        waiting, nodes = [], {node.id: node for node in self._nodes}
+        answers = {
+            id: self.engine.answers(nodes[id]) for id in {guest.node for _, guest, _ in self._lost} & nodes.keys()
+        }
         for seat, guest, when in self._lost:
-            node = next((node for node in self._nodes if node.id == guest.node), None)
-            alive = node is not None and self.engine.answers(node)
+            alive = answers.get(guest.node, False)
             if alive is None and time.monotonic() - when < JUDGE_SECONDS:
                 waiting.append((seat, guest, when))
                 continue
@@ -290,13 +308,12 @@ class Driver:
             self._tell(seat.number, Trouble(f"Worker {seat.number} crashed ({reason}) and is started again."))
 
     def _ask_to_stop(self) -> None:
-        if not self.stop.asked or self._desk.stopping is None:
+        if not self.stop.asked:
             return
         self._desk.stopping = None
         for seat in self._working():
-            if self._desk.guest(seat.name) is None:  # Ray has not placed it yet
-                self._seats.remove(seat)
-                self.engine.let_go(seat.actor)
+            if seat.work is None or self._desk.guest(seat.name) is None:  # lost, or not placed yet
+                self._remove(seat)
 
     def _end_all(self) -> None:
         """Let everything go; after an error or a second Ctrl-C, what is not stored now is trained again."""
@@ -319,12 +336,12 @@ class Driver:
             self._told.add(text)
             self._tell(0, Trouble(text))
 
-    def _told_of_waiting(self) -> bool:
-        """Tell when no node has room for anyone."""
-        if any(node.seats(kind, self.effort.workers_per_gpu) for node in self._nodes for kind in self._kinds):
-            return False
-        self._tell_once(f"Waiting for nodes: the cluster has {counted(len(self._nodes), 'node')}, and none has room.")
-        return True
+    def _wait(self, reason: str) -> None:
+        """The database is away, for this thread or for one that answers questions."""
+        if threading.current_thread() is threading.main_thread():
+            self._tell(0, Trouble(reason))
+        else:
+            self._heard.put(("", Trouble(reason)))
 
 
 def _line(error: object) -> str:

@@ -71,7 +71,7 @@ class Seat:
         """
         problem = _problem(order["needs"], order["names"])
         if problem:
-            return {"how": "unfit", "text": f"{_node()}: {problem}", "exit_code": 2}
+            return {"how": "unfit", "text": f"{_node()}: {problem}", "exit_code": 2, "node": _node_id()}
         from bpf.cluster.seated import work
 
         return work(order, post)
@@ -96,9 +96,15 @@ def _problem(needs: dict[str, str], names: dict[str, list[str]]) -> str:
     return "; ".join(found)
 
 
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _node() -> str:
     import socket
 
     import ray
 
-    return f"node {ray.util.get_node_ip_address()} ({socket.gethostname()})"
+    return f"Node {ray.util.get_node_ip_address()} ({socket.gethostname()})"

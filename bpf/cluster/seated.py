@@ -59,7 +59,8 @@ def _gpu() -> dict[str, str]:
 
 
 def _left(how: str, text: str = "", exit_code: int = 0) -> dict[str, Any]:
-    return {"how": how, "text": text, "exit_code": exit_code}
+    node = ray.get_runtime_context().get_node_id()
+    return {"how": how, "text": text, "exit_code": exit_code, "node": node}
 
 
 def _sending(post: Any) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
