@@ -4,6 +4,7 @@ Run as a script, this file has the nodes, as real raylets, and does what it read
 starts such a process and talks to it.
 """
 
+import importlib.util
 import json
 import os
 import secrets
@@ -13,11 +14,21 @@ import sys
 from contextlib import suppress
 from typing import Any, Self
 
+import pytest
+
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nothing listens beyond the loopback device
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
 }
+
+
+def needed_ray() -> None:
+    """Skip a test without Ray, which has no release for every Python; where all is checked that is a failure."""
+    if importlib.util.find_spec("ray") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("Ray is not installed", pytrace=False)
+        pytest.skip("Ray is not installed")
 
 
 class Nodes:

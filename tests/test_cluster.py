@@ -35,6 +35,7 @@ from bpf.workers.job import Terms
 from bpf.workers.stopping import Stop
 from bpf.workers.worker import Worker
 from chaos import assert_ran_once, outcomes
+from clusters import needed_ray
 from waiting import eventually
 
 GRID = {
@@ -417,8 +418,7 @@ def test_a_mistake(options: str, said: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_grid_on_ray_is_that_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, in a cluster of the command's own."""
-    if not _has_ray():
-        pytest.skip("Ray is not installed")
+    needed_ray()
     (tmp_path / "spec.json").write_text(json.dumps(GRID))
     command = [sys.executable, "-m", "bpf", "tune", str(tmp_path / "grid"), "--spec", str(tmp_path / "spec.json")]
     done = subprocess.run([*command, "--on", "ray", "--workers", "2", "--json"], capture_output=True, text=True)
@@ -427,9 +427,3 @@ def test_a_grid_on_ray_is_that_of_one_machine(tmp_path: Path, monkeypatch: pytes
     assert outcomes(tmp_path / "grid") == reference(tmp_path)
     assert_ran_once(tmp_path / "grid")
     assert open_experiment(tmp_path / "grid").grid.algorithm == ("bp", "dfa")
-
-
-def _has_ray() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("ray") is not None

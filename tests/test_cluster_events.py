@@ -6,6 +6,7 @@ numbers of one undisturbed machine.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from bpf.errors import BpfError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from chaos import assert_ran_once, files, needed, outcomes
-from clusters import Nodes
+from clusters import Nodes, needed_ray
 from servers import PostgresServer
 from waiting import SECONDS, eventually
 
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    pytest.importorskip("ray")
+    needed_ray()
     with Nodes() as made:
         yield made
 
@@ -149,6 +150,46 @@ def test_a_node_that_will_be_taken_away_loses_nothing(tmp_path: Path, nodes: Nod
         assert "crashed" not in driver.output
     [row, *_] = summary.rows(open_experiment(directory))
     assert (row.attempt, row.kills, row.cause) == (2, 0, None)
+
+
+def test_what_a_cluster_cannot_do_is_told_before_anything_is_written(tmp_path: Path, nodes: Nodes) -> None:
+    nodes.add()
+    nodes.add(num_gpus=1)  # as Ray believes
+    directory = tmp_path / "grid"
+    tune = ["tune", str(directory), *GRID, "--epochs", "3"]
+    with Driver(nodes, directory, *tune) as driver:
+        assert driver.wait() == 2
+        assert "1 node with GPUs and 1 node without" in " ".join(driver.output.split())
+        assert not directory.exists()
+    with Driver(nodes, directory, *tune, "--device", "cuda:1") as driver:
+        assert driver.wait() == 2
+        assert not directory.exists()
+    with Driver(nodes, directory, *tune, "--device", "cuda") as driver:
+        assert driver.wait() == 2
+        assert "(127.0.0.1): device cuda:0: this machine has no CUDA device" in driver.output
+    with Driver(nodes, directory, "resume", str(directory), "--device", "cpu") as driver:
+        assert driver.wait() == 0, driver.output
+    assert_ran_once(directory)
+
+
+def test_a_node_that_lacks_something_is_named(tmp_path: Path, nodes: Nodes) -> None:
+    nodes.add()
+    (tmp_path / "driver.py").write_text(
+        "from bpf.cluster import orders\n"
+        "needs = orders.needs\n"
+        "orders.needs = lambda experiment: needs(experiment) | {'torch': '1.0', 'bpf-nowhere': '2.0'}\n"
+        "from bpf.cli.app import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, str(tmp_path / "driver.py"), "tune", str(tmp_path / "grid"), *GRID, "--epochs", "3"]
+    done = subprocess.run(
+        [*command, "--on", nodes.address], env=nodes.environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert re.search(
+        r"Node 127\.0\.0\.1 \(\S+\): torch is \S+, and 1\.0 where bpf was started; bpf-nowhere is not", said
+    )
 
 
 @pytest.mark.parametrize("where", ["here", "postgresql"])
