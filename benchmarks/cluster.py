@@ -5,8 +5,8 @@
 
 Everything runs `bpf tune` on digits, in pairs whose order alternates. Needs `bpf[ray]`.
 
-- **overhead**: a grid of about a minute with `--workers 2`, and with `--on ray --workers 2`. Two times are compared: from
-  the first trial to the last result, where both train; and of the whole command, which has Ray's start and end in it.
+- **overhead**: a grid of about a minute with `--workers 2`, and with `--on ray --workers 2`. Two times are compared:
+  from the first trial to the last result, where both train; and of the whole command, with Ray's start and end.
 - **start**: seconds from the start of the command to the first cohort, beside what Ray alone takes until two actors
   answer, in a program that does nothing else: the difference is what bpf adds.
 """

@@ -34,8 +34,9 @@ def needed_ray() -> None:
 class Nodes:
     """A cluster whose head has no processor for workers; `add` and `lose` nodes of one processor each."""
 
-    def __init__(self) -> None:
-        self.environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    def __init__(self, **environment: str) -> None:
+        """Its nodes have such variables."""
+        self.environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,

@@ -338,7 +338,9 @@ def test_kinds_of_nodes() -> None:
     )
     assert kinds("auto", [gpu, head]) == ["cuda"]
     assert kinds("auto", [cpu, cpu, head]) == ["cpu"]
-    assert kinds("auto", [head]) == ["cpu"]
+    with pytest.raises(UsageError, match="no node for workers yet"):
+        kinds("auto", [head])
+    assert kinds("cuda", [head]) == ["cuda"]
     assert kinds("cuda", [gpu, cpu]) == ["cuda"]
     assert kinds("cuda,cpu", [gpu, cpu]) == ["cuda", "cpu"]
     with pytest.raises(UsageError, match=r"1 node with GPUs and 2 nodes without.*--device cuda,cpu for both"):

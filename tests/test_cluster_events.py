@@ -52,12 +52,12 @@ def nodes() -> Iterator[Nodes]:
 class Driver:
     """`bpf tune` or `bpf resume` on a cluster, in a process of its own."""
 
-    def __init__(self, nodes: Nodes, directory: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, nodes: Nodes, directory: Path, *arguments: str) -> None:
         self.directory, self._log = directory, directory.with_suffix(f".{time.monotonic_ns()}.log")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*PROGRAM, *arguments, "--on", nodes.address, "--verbose"],
-                env=nodes.environment | environment,
+                env=nodes.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -192,15 +192,19 @@ def test_a_node_that_lacks_something_is_named(tmp_path: Path, nodes: Nodes) -> N
     )
 
 
-@pytest.mark.parametrize("where", ["here", "postgresql"])
-def test_any_number_of_events(where: str, tmp_path: Path, nodes: Nodes, request: pytest.FixtureRequest) -> None:
-    more, environment = [], {}
-    if where == "postgresql":
-        server: PostgresServer = request.getfixturevalue("postgres_own_server")
-        more = ["--storage", server.url().replace(f":{server.password}@", "@")]
-        environment = {"PGPASSWORD": server.password}
-    expected = undisturbed(tmp_path / "one", 60)
-    chaos = Chaos(nodes, tmp_path, EVENTS if where == "here" else EVENTS // 2, more, environment)
+def test_any_number_of_events(tmp_path: Path, nodes: Nodes) -> None:
+    survives(Chaos(nodes, tmp_path, EVENTS))
+
+
+def test_any_number_of_events_with_a_server(tmp_path: Path, postgres_own_server: PostgresServer) -> None:
+    needed_ray()
+    url = postgres_own_server.url().replace(f":{postgres_own_server.password}@", "@")
+    with Nodes(PGPASSWORD=postgres_own_server.password) as nodes:
+        survives(Chaos(nodes, tmp_path, EVENTS // 2, ["--storage", url]))
+
+
+def survives(chaos: "Chaos") -> None:
+    expected = undisturbed(chaos.folder / "one", 60)
     began = time.monotonic()
     try:
         chaos.run(expected)
@@ -217,8 +221,7 @@ class Chaos:
     nodes: Nodes
     folder: Path
     wanted: int
-    more: list[str]
-    environment: dict[str, str]
+    more: list[str] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
     draw: random.Random = field(default_factory=lambda: random.Random(SEED))
@@ -244,11 +247,13 @@ class Chaos:
 
     def _goes_on(self, directory: Path) -> bool:
         """One driver's life; whether the grid is finished."""
+        if not self.nodes.nodes:
+            self.nodes.add()
         begun = (directory / "experiment.yaml").exists()
         arguments = ["resume", str(directory)]
         if not begun:
             arguments = ["tune", str(directory), *GRID, "--epochs", "60", *self.more]
-        with Driver(self.nodes, directory, *arguments, **self.environment) as driver:
+        with Driver(self.nodes, directory, *arguments) as driver:
             while not driver.ends():
                 if self.events.total() >= self.wanted:
                     if not self.nodes.nodes:

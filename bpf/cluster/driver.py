@@ -13,7 +13,7 @@ from typing import Any
 from bpf.cluster import post as posted
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk, Guest
-from bpf.cluster.engine import Engine, Node, kinds
+from bpf.cluster.engine import Engine, Gone, Node, kinds, said
 from bpf.cluster.logs import NodeLogs
 from bpf.cluster.orders import order
 from bpf.data.cache import Data
@@ -116,6 +116,8 @@ class Driver:
             if now - looked >= LOOK_SECONDS or self._progressed or not self._working():
                 self._progressed = False
                 looked = now
+                if not self.engine.alive:
+                    raise CutShort if self.stop.asked else Gone
                 counts = self.study.counts()
                 claimable, running = counts["pending"] + counts["interrupted"], counts["running"]
                 if self._is_over(claimable, running):
@@ -177,7 +179,10 @@ class Driver:
             for _ in range(min(room - len(there), claimable - idle)):
                 self._start(kind)
         if claimable and not self._seats:
-            self._tell_once(f"Waiting for nodes: the cluster has {counted(len(self._nodes), 'node')} without room.")
+            cure = "" if self.effort.workers else " --workers N asks an autoscaler for N."
+            self._tell_once(
+                f"Waiting for nodes: the {counted(len(self._nodes), 'node')} of the cluster take none.{cure}"
+            )
 
     def _start(self, kind: str) -> None:
         self._number += 1
@@ -204,7 +209,7 @@ class Driver:
             try:
                 ended, _ = self._ray.wait(list(works), num_returns=len(works), timeout=POLL_SECONDS)
             except Exception as error:
-                raise RunError(f"The Ray cluster cannot be reached any more: {_line(error)}.") from error
+                raise Gone from error
         else:
             time.sleep(POLL_SECONDS)
         self._hear()
@@ -247,7 +252,7 @@ class Driver:
                 self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
             return
         except Exception as error:
-            raise RunError(f"Worker {seat.number} could not be run: {_line(error)}") from error
+            raise RunError(f"Worker {seat.number} could not be run: {said(error)}") from error
         self._tell(seat.number, left, where)
         self._cut_short |= left.how == "cut short"
         if guest is not None:
@@ -317,13 +322,13 @@ class Driver:
 
     def _end_all(self) -> None:
         """Let everything go; after an error or a second Ctrl-C, what is not stored now is trained again."""
-        for seat in self._seats:
-            self.engine.let_go(seat.actor)
         tokens = self._desk.tokens()
         if tokens:
             with suppress(RunError):
                 self.study.repair(False, tokens)
         self._desk.close()
+        for seat in self._seats if self.engine.alive else ():
+            self.engine.let_go(seat.actor)
 
     # What is told.
 
@@ -342,8 +347,3 @@ class Driver:
             self._tell(0, Trouble(reason))
         else:
             self._heard.put(("", Trouble(reason)))
-
-
-def _line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

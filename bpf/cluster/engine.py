@@ -22,7 +22,7 @@ from bpf.words import counted
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS, END_SECONDS = 5.0, 10.0
 READY = 16
 """So many workers are made ready while the request is looked at."""
 _HERE = {
@@ -31,6 +31,15 @@ _HERE = {
     "RAY_AUTH_MODE": "token",
 }
 """What makes a cluster of this command's own one that nobody else can use."""
+
+
+class Gone(RunError):
+    """The cluster has ended, or cannot be reached any more."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The Ray cluster cannot be reached any more. What its workers have not stored is trained again."
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,6 @@ class Node:
 def module() -> Any:
     """Ray itself. Raises UsageError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it warns of follows as an error, or passes
     warnings.filterwarnings("ignore", "Ray Client connection timed out")
     return need("ray", "--on", "Ray", "ray")
 
@@ -96,7 +104,16 @@ class Engine:
                 os.environ[name] = value
 
     def join(self) -> None:
-        self._thread.join()
+        self._thread.join(END_SECONDS)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the head of the cluster answers: calls of Ray wait a minute for one that does not."""
+        try:
+            _connect(self._head)
+            return True
+        except OSError:
+            return False
 
     @property
     def dashboard(self) -> str:
@@ -106,11 +123,13 @@ class Engine:
         return ""
 
     def nodes(self) -> list[Node]:
-        """The living nodes. Raises RunError when the cluster is gone."""
+        """The living nodes. Raises Gone when the cluster is."""
+        if not self.alive:
+            raise Gone
         try:
             listed = self.ray.nodes()
         except Exception as error:
-            raise RunError(f"The Ray cluster cannot be reached any more: {_line(error)}") from error
+            raise Gone from error
         leaving = self._draining()
         return [
             Node(
@@ -134,8 +153,8 @@ class Engine:
         if self.on.startswith("ray://"):
             return None
         try:
-            with socket.create_connection((node.address, node.port), ANSWER_SECONDS):
-                return True
+            _connect(f"{node.address}:{node.port}")
+            return True
         except OSError:
             return False
 
@@ -184,12 +203,12 @@ class Engine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             if self.on == LOCAL:
                 cpus = max(cores(), self.workers or 0)
-                self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                found = self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
                 if self.on != AUTO:  # Ray would try for minutes, and not say what the matter is
-                    host, _, port = self.on.removeprefix("ray://").rpartition(":")
-                    socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-                self.ray.init(address=self.on, **quiet)
+                    _connect(self.on.removeprefix("ray://"))
+                found = self.ray.init(address=self.on, **quiet)
+            self._head = getattr(found, "address_info", {}).get("gcs_address") or self.on.removeprefix("ray://")
             self.ray.cloudpickle.register_pickle_by_value(post)
             with suppress(BpfError):  # which is found again, and told, when the cluster is needed
                 self._make_ready()
@@ -214,10 +233,10 @@ class Engine:
         os.environ.update(wanted)
 
     def _explained(self, error: BaseException) -> UsageError:
-        said = _line(error)
+        reason = said(error)
         if isinstance(error, ImportError):
             cure = "pip install 'bpf[ray]' has what ray:// needs."
-        elif re.search("token|auth|UNAUTHENTICATED|credential", said, re.IGNORECASE):
+        elif re.search("token|auth|UNAUTHENTICATED|credential", reason, re.IGNORECASE):
             cure = "Give the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token."
         elif self.on == AUTO:
             cure = "Start a cluster (`ray start --head`), name one (--on HOST:PORT), or use one of your own: --on ray."
@@ -226,7 +245,7 @@ class Engine:
                 "Check that its head runs and can be reached from here, with the same versions of Ray and Python, and "
                 "that RAY_AUTH_TOKEN is the token of the cluster."
             )
-        return UsageError(f"--on {self.on}: there is no Ray cluster to use: {said}. {cure}")
+        return UsageError(f"--on {self.on}: there is no Ray cluster to use: {reason}. {cure}")
 
 
 _begun: Engine | None = None
@@ -293,7 +312,12 @@ def kinds(device: str, nodes: list[Node]) -> list[str]:
                 f"The cluster has {found}, and numbers from GPUs and CPUs differ in their last bits. Choose with "
                 "--device cuda, --device cpu, or --device cuda,cpu for both."
             )
-        return list(useful) or ["cpu"]
+        if not useful:
+            raise UsageError(
+                "The cluster has no node for workers yet. Say what to ask for: --device cuda or --device cpu, and "
+                "--workers N."
+            )
+        return list(useful)
     asked = list(dict.fromkeys(device.split(",")))
     if not {"cpu", "cuda"}.issuperset(asked):
         raise UsageError(f"--device {device}: on a cluster Ray places the workers. Give auto, cpu, cuda, or cuda,cpu.")
@@ -302,6 +326,12 @@ def kinds(device: str, nodes: list[Node]) -> list[str]:
     return asked
 
 
-def _line(error: BaseException) -> str:
+def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+
+
+def said(error: BaseException) -> str:
+    """What an error of Ray's says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:400]
