@@ -1,5 +1,7 @@
 """What both ends of a line know."""
 
+import json
+
 from bpf.study.cells import Row
 
 PART_BYTES = 2**25
@@ -19,3 +21,8 @@ class Unsized(Exception):
 def kind_of(row: Row) -> str:
     """What decides how many cells like this one are stacked."""
     return f"{row.structure}/{row.max_runs or ''}"
+
+
+def is_report(question: bytes) -> bool:
+    """Whether a worker tells that it is alive: that must not wait for what others ask of the study."""
+    return bool(json.loads(question)["do"] == "report")
