@@ -33,6 +33,7 @@ _KINDS = {kind.__name__: kind for kind in (events.Began, events.Trained, events.
 _EVENTS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind) for name, kind in (_KINDS | {"Trouble": events.Trouble}).items()
 }
+KINDS_AHEAD = 64
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -103,7 +104,9 @@ class Desk:
                 back, told = told, None
             answer = {"told": told}
         except Unsized as question:
-            answer = {"unsized": asdict(question.row)}
+            # while one worker says it, others take those cells: it would be asked again and again
+            rows = [*question.rows, *self._study.upcoming(KINDS_AHEAD)]
+            answer = {"unsized": [asdict(row) for row in rows]}
         except Fenced as error:
             answer = {"fenced": str(error)}
         except DiskFull as error:
@@ -139,7 +142,7 @@ class Desk:
 
         def size(row: Row) -> int:
             if (known := sizes.get(kind_of(row))) is None:
-                raise Unsized(row)
+                raise Unsized([row])
             return known
 
         guest = self._guest(token)

@@ -1,21 +1,22 @@
 """What both ends of a line know."""
 
 import json
+from collections.abc import Sequence
 
 from bpf.study.cells import Row
 
 PART_BYTES = 2**25
 """So much of a file goes with one question."""
-REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 200
+REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 50
 """A worker reports once a second, or more seldom where so many are at work that there would be too many reports."""
 
 
 class Unsized(Exception):
-    """How many cells like `row` are stacked is for the worker to say."""
+    """How many cells like the first of `rows` are stacked is for the worker to say; the others will be asked next."""
 
-    def __init__(self, row: Row) -> None:
-        super().__init__(row.key)
-        self.row = row
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__(rows[0].key)
+        self.rows = rows
 
 
 def kind_of(row: Row) -> str:
