@@ -34,6 +34,7 @@ _EVENTS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind) for name, kind in (_KINDS | {"Trouble": events.Trouble}).items()
 }
 KINDS_AHEAD = 64
+"""A worker is asked about so many kinds of cells at once."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -104,9 +105,7 @@ class Desk:
                 back, told = told, None
             answer = {"told": told}
         except Unsized as question:
-            # while one worker says it, others take those cells: it would be asked again and again
-            rows = [*question.rows, *self._study.upcoming(KINDS_AHEAD)]
-            answer = {"unsized": [asdict(row) for row in rows]}
+            answer = {"unsized": [asdict(row) for row in question.rows]}
         except Fenced as error:
             answer = {"fenced": str(error)}
         except DiskFull as error:
@@ -147,7 +146,10 @@ class Desk:
 
         guest = self._guest(token)
         assert guest.owner is not None
-        guest.claim = self._study.claim(guest.owner, size)
+        try:
+            guest.claim = self._study.claim(guest.owner, size)
+        except Unsized as question:  # while this worker says it, others take those cells: it would be asked endlessly
+            raise Unsized([*question.rows, *self._study.upcoming(KINDS_AHEAD)]) from None
         guest.token = guest.owner.token
         return None if guest.claim is None else asdict(guest.claim)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 
 from bpf.study.cells import Row
 
@@ -26,4 +27,6 @@ def kind_of(row: Row) -> str:
 
 def is_report(question: bytes) -> bool:
     """Whether a worker tells that it is alive: that must not wait for what others ask of the study."""
-    return bool(json.loads(question)["do"] == "report")
+    with suppress(Exception):  # a question that makes no sense is no report
+        return bool(json.loads(question)["do"] == "report")
+    return False
