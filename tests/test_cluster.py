@@ -20,7 +20,7 @@ from bpf.cluster.engine import Node, kinds
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.post import _problem
 from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
-from bpf.cluster.wire import PART_BYTES
+from bpf.cluster.wire import PART_BYTES, is_report
 from bpf.data.cache import load
 from bpf.errors import DiskFull, RunError, UsageError
 from bpf.experiment.directory import Experiment, open_experiment
@@ -200,6 +200,22 @@ def test_the_desk_gone_gives_all_cells_back(office: Office, data: Any) -> None:
         assert office.study.counts()["interrupted"] == 2
         claim = study.claim(holder, lambda row: 2)
         assert claim is not None, "it enrolled anew"
+
+
+def test_a_worker_is_asked_once_how_many_cells_of_each_kind_it_stacks(office: Office) -> None:
+    study = RemoteStudy(office.line(), "1-1")
+    with study.enrolled({}) as holder:
+        sized: list[str] = []
+        while claim := study.claim(holder, lambda row: (sized.append(row.structure), 2)[1]):
+            assert len(claim.rows) == 2
+    assert len(set(sized)) == 4
+    assert office.asked.count("claim") == 6, "four cohorts, the question about all of them, and that nothing is left"
+
+
+@pytest.mark.parametrize("question", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff"])
+def test_what_makes_no_sense_is_no_report(question: bytes) -> None:
+    assert not is_report(question)
+    assert is_report(b'{"do": "report"}')
 
 
 def test_only_the_owner_finishes_a_cell(office: Office) -> None:

@@ -25,6 +25,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
+import bpf.study.owner
 import bpf.study.trials
 from bpf.errors import BpfError, Damaged, RunError, UsageError
 from bpf.spec.run import digest
@@ -718,6 +719,19 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(path: Path, study: S
             parent.kill()
         parent.wait()
         assert study.counts()["interrupted"] == 1
+
+
+def test_the_locks_of_this_process_need_no_look(study: Study, owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Owner(study.locks)
+    claimed(study, owner)
+    claimed(study, other)
+    looked: list[Path] = []
+    monkeypatch.setattr(bpf.study.owner, "is_held", lambda lock, *_: looked.append(lock))
+    assert study.counts()["running"] == 2
+    assert not looked
+    other.close()
+    assert study.counts()["running"] == 1
+    assert looked == [other.lock]
 
 
 def test_lock_files_of_the_dead_are_removed(path: Path, study: Study, owner: Owner) -> None:

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from bpf.cluster.wire import is_report
+
 TAKE_SECONDS = 1.0
 PAUSE_SECONDS = 0.2
 LOST_SECONDS = 60.0
-ANSWERING = 8
-"""So many questions are answered at a time."""
+ANSWERING, HEARING = 8, 2
+"""So many questions are answered at a time, and so many reports beside them: many workers may wait for the study, and
+one whose report waited with them would be taken for dead."""
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, by
         while not closing.is_set():
             try:
                 for asked in ray.get(actor.take.remote(TAKE_SECONDS), timeout=LOST_SECONDS):
-                    pool.submit(answer, *asked)
+                    (hearing if is_report(asked[1]) else pool).submit(answer, *asked)
             except Exception:  # Ray starts it again
                 closing.wait(PAUSE_SECONDS)
 
@@ -41,7 +44,7 @@ def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, by
             with suppress(Exception):
                 actor.give.remote(batch)
 
-    with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool:
+    with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool, ThreadPoolExecutor(HEARING, "bpf-desk") as hearing:
         threads = [threading.Thread(target=each, name="bpf-post", daemon=True) for each in (take, give)]
         for thread in threads:
             thread.start()

@@ -33,6 +33,8 @@ _KINDS = {kind.__name__: kind for kind in (events.Began, events.Trained, events.
 _EVENTS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind) for name, kind in (_KINDS | {"Trouble": events.Trouble}).items()
 }
+KINDS_AHEAD = 64
+"""A worker is asked about so many kinds of cells at once."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -103,7 +105,7 @@ class Desk:
                 back, told = told, None
             answer = {"told": told}
         except Unsized as question:
-            answer = {"unsized": asdict(question.row)}
+            answer = {"unsized": [asdict(row) for row in question.rows]}
         except Fenced as error:
             answer = {"fenced": str(error)}
         except DiskFull as error:
@@ -139,12 +141,15 @@ class Desk:
 
         def size(row: Row) -> int:
             if (known := sizes.get(kind_of(row))) is None:
-                raise Unsized(row)
+                raise Unsized([row])
             return known
 
         guest = self._guest(token)
         assert guest.owner is not None
-        guest.claim = self._study.claim(guest.owner, size)
+        try:
+            guest.claim = self._study.claim(guest.owner, size)
+        except Unsized as question:  # while this worker says it, others take those cells: it would be asked endlessly
+            raise Unsized([*question.rows, *self._study.upcoming(KINDS_AHEAD)]) from None
         guest.token = guest.owner.token
         return None if guest.claim is None else asdict(guest.claim)
 

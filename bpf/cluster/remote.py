@@ -29,7 +29,7 @@ Send = Callable[[bytes, bytes], tuple[bytes, bytes]]
 """Carries a question and its bytes, and returns the answer. Raises Away when it may work later."""
 
 _CLAIM: TypeAdapter[Claim] = TypeAdapter(Claim)
-_ROW: TypeAdapter[Row] = TypeAdapter(Row)
+_ROWS: TypeAdapter[list[Row]] = TypeAdapter(list[Row])
 
 
 class Away(Exception):
@@ -56,7 +56,7 @@ class Line:
         if "fenced" in told:
             raise Fenced(told["fenced"])
         if "unsized" in told:
-            raise Unsized(_ROW.validate_python(told["unsized"]))
+            raise Unsized(_ROWS.validate_python(told["unsized"]))
         if "full" in told:
             raise DiskFull(Path(told["full"]))
         if "failed" in told:
@@ -140,7 +140,7 @@ class RemoteStudy:
                 told = self._line.ask("claim", token=owner.token, sizes=self._sizes)
                 return None if told is None else _CLAIM.validate_python(told)
             except Unsized as question:
-                self._sizes[kind_of(question.row)] = size(question.row)
+                self._sizes |= {kind_of(row): size(row) for row in question.rows}
             except Fenced:
                 owner.begin_anew(self._enroll())
 

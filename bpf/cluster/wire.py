@@ -1,21 +1,32 @@
 """What both ends of a line know."""
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+
 from bpf.study.cells import Row
 
 PART_BYTES = 2**25
 """So much of a file goes with one question."""
-REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 200
+REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 50
 """A worker reports once a second, or more seldom where so many are at work that there would be too many reports."""
 
 
 class Unsized(Exception):
-    """How many cells like `row` are stacked is for the worker to say."""
+    """How many cells like the first of `rows` are stacked is for the worker to say; the others will be asked next."""
 
-    def __init__(self, row: Row) -> None:
-        super().__init__(row.key)
-        self.row = row
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__(rows[0].key)
+        self.rows = rows
 
 
 def kind_of(row: Row) -> str:
     """What decides how many cells like this one are stacked."""
     return f"{row.structure}/{row.max_runs or ''}"
+
+
+def is_report(question: bytes) -> bool:
+    """Whether a worker tells that it is alive: that must not wait for what others ask of the study."""
+    with suppress(Exception):  # a question that makes no sense is no report
+        return bool(json.loads(question)["do"] == "report")
+    return False

@@ -125,7 +125,8 @@ class Database:
         """
         if self.path:
             return {"pool_size": 1, "creator": partial(_open_file, self.path, reading)}
-        return {"pool_size": 2, "max_overflow": 0, "creator": partial(_open_server, self.url)}
+        # The second one, for a lease that is renewed during a step, is closed at once: a server has few to give.
+        return {"pool_size": 1, "max_overflow": 1, "creator": partial(_open_server, self.url)}
 
     @property
     def engine_url(self) -> str:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
 from filelock import FileLock
@@ -48,13 +49,20 @@ class Owner(Holder):
         self.pid = self._process if pid is None else pid
         self._lock = FileLock(self.lock, thread_local=False)
         self._lock.acquire()
+        _own[self.lock] = self
 
     def close(self) -> None:
         """Let go. Cells that were not released before count as interrupted from here on."""
         if os.getpid() == self._process:  # a forked child holds a copy of this object, not the lock
+            _own.pop(self.lock, None)
             with suppress(OSError):  # Windows removes no open file; `sweep` does it later
                 self.lock.unlink(missing_ok=True)
             self._lock.release()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the lock is held, and by this process: a forked child has only a copy of this object."""
+        return os.getpid() == self._process and self._lock.is_locked
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +71,10 @@ class Owner(Holder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_own: WeakValueDictionary[Path, Owner] = WeakValueDictionary()
+"""The owners that this process has made, by their locks."""
 
 
 def machine() -> str:
@@ -168,6 +180,12 @@ def _parsed(text: Any) -> Any:
         return None
 
 
+def _is_held(lock: Path, unknown: bool | None = True) -> bool | None:
+    """As `is_held`, at once for those of this process: a driver has one for each of its cluster's workers."""
+    owner = _own.get(lock)
+    return True if owner is not None and owner.holds else is_held(lock, unknown)
+
+
 def dead(
     connection: sa.Connection,
     experiment: str,
@@ -184,7 +202,7 @@ def dead(
     """
     tokens = list(tokens)
     if here_only:
-        return {token for token in tokens if not is_held(locks / f"{token}.lock")}
+        return {token for token in tokens if not _is_held(locks / f"{token}.lock")}
     if not tokens:
         return set()
     query = sa.select(owners.c.token, owners.c.machine, owners.c.lease)
@@ -195,7 +213,7 @@ def dead(
     for token in tokens:
         record = known.get(token)
         # Not where the database says: whoever may write into it could name any file, and make anyone look dead.
-        held = is_held(locks / f"{token}.lock", None) if record is not None and record["machine"] == here else None
+        held = _is_held(locks / f"{token}.lock", None) if record is not None and record["machine"] == here else None
         if held is None and trust_leases:
             held = record is not None and record["lease"] > moment
         if held is False:

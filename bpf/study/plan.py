@@ -21,6 +21,9 @@ from bpf.study.schema import cells, histories, rules
 KILLS = 3
 """A cell whose worker has died as often, without getting any further in between, is set aside."""
 
+LOOKED_AT = 1000
+"""So many cells at most are looked at for those that come next."""
+
 _ROW_NAMES = [field.name for field in fields(Row)]
 _TALLIED = [field.name for field in fields(Tally)]
 _ROW_COLUMNS = [cells.c[name] for name in _ROW_NAMES]
@@ -73,6 +76,17 @@ def take(connection: sa.Connection, experiment: str, size: Callable[[Row], int])
         alike = pending.where(cells.c.structure == first.structure, _is(cells.c.max_runs, first.max_runs))
         return list(_rows(connection, alike.limit(max(1, size(first)))))
     return []
+
+
+def upcoming(connection: sa.Connection, experiment: str, limit: int) -> list[Row]:
+    """The first pending cell of each structure and `max_runs`, of so many kinds at most, among the next cells."""
+    pending = (cells.c.experiment == experiment, cells.c.state == "pending")
+    query = sa.select(cells.c.structure, cells.c.max_runs, cells.c.ordinal).where(*pending)
+    first: dict[tuple[str, int | None], int] = {}
+    for one in connection.execute(query.order_by(cells.c.ordinal).limit(LOOKED_AT)).all():
+        first.setdefault((one.structure, one.max_runs), one.ordinal)
+    chosen = sa.select(*_ROW_COLUMNS).where(*pending, cells.c.ordinal.in_(list(first.values())[:limit]))
+    return list(_rows(connection, chosen.order_by(cells.c.ordinal)))
 
 
 def update(connection: sa.Connection, experiment: str, where: Mapping[str, Any], **values: Any) -> int:

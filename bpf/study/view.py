@@ -101,6 +101,12 @@ class StudyView:
             return plan.best(connection, self.experiment, rule)
 
     @patient
+    def upcoming(self, limit: int) -> list[Row]:
+        """The first cell of each kind (structure and `max_runs`) that will be claimed soon, of so many at most."""
+        with self._reading() as connection:
+            return plan.upcoming(connection, self.experiment, limit)
+
+    @patient
     def leaders(self, rule: str, limit: int) -> list[Row]:
         """The best complete cells of a rule, best first. It reads only these."""
         with self._reading() as connection:
