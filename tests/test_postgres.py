@@ -953,9 +953,9 @@ def test_a_worker_that_is_fenced_while_it_trains_goes_on_with_the_next_claim(
     def tell(event: Event) -> None:
         events.append(event)
         if isinstance(event, Trained) and not taken:
-            lost = worker._owner.lost
+            lost = worker.holder.lost
             with Study.open(url) as other, Owner(other.locks) as second, pytest.MonkeyPatch.context() as patch:
-                patch.setattr(owners, "dead", lambda *arguments: {worker._owner.token})
+                patch.setattr(owners, "dead", lambda *arguments: {worker.holder.token})
                 claim = claimed(other, second)
                 for row in claim.rows:
                     other.finish(claim, row.key, 0.5, "complete", result(0.5), [RECORD])
