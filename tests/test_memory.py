@@ -338,7 +338,7 @@ def test_what_a_file_calls_its_tensors_is_no_part_of_the_network(digits, tmp_pat
     paths = [tmp_path / "plain.safetensors", tmp_path / "forged.safetensors"]
     added = {"weight.x.0": torch.zeros(3), "a.b": torch.zeros(1), "a_b": torch.ones(1)}
     for path, network in zip(paths, (best, best | added), strict=True):
-        models.save(path, network, whole.specs[0], digits.shape, digits.classes)
+        models.save(path, models.content(network, whole.specs[0], digits.shape, digits.classes))
     assert torch.equal(bpf.load(paths[0])(images), bpf.load(paths[1])(images))
     tensors = models.read(paths[1]).tensors
     prediction = stages.Prediction(whole.specs[0], digits.shape, len(digits.classes), tensors)

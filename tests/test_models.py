@@ -60,7 +60,7 @@ def trained(data, runs=3, dtype=torch.float32, **changes):
 
 
 def saved(path: Path, cohort: Cohort, data, run=0) -> Path:
-    models.save(path, cohort.best_network(run), cohort.specs[run], data.shape, data.classes)
+    models.save(path, models.content(cohort.best_network(run), cohort.specs[run], data.shape, data.classes))
     return path
 
 
@@ -528,7 +528,7 @@ def test_scores_say_which_execution_they_are_of(tmp_path, digits):
     assert (scores["algorithm"], scores["seed"], scores["params"]["skew"]) == ("dfa", 2, "step:5")
     assert scores["params"]["bw_init"] == cohort.specs[2].bw_init
     absent = cohort.specs[2].model_copy(update={"algorithm": "elsewhere"})
-    models.save(path, cohort.best_network(2), absent, digits.shape, digits.classes)
+    models.save(path, models.content(cohort.best_network(2), absent, digits.shape, digits.classes))
     scores = evaluate(path, data_dir=tmp_path)
     assert (scores["algorithm"], scores["seed"]) == ("elsewhere", 2)
     assert {name: scores["params"][name] for name in ("arch", "skew_type", "imbalance_factor")} == {

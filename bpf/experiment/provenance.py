@@ -16,7 +16,6 @@ from urllib.parse import unquote
 
 from bpf import __version__
 from bpf.errors import UsageError
-from bpf.experiment.file import read
 from bpf.machine import memory_bytes
 from bpf.registry import Plugin
 
@@ -113,6 +112,8 @@ def naming_versions(directory: Path) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
+        from bpf.experiment.file import read
+
         path = directory / "experiment.yaml"
         sessions = read(path).sessions if path.is_file() else []
         if sessions and (changes := changed_plugins(sessions[-1].get("versions", {}))) and changes not in str(error):
