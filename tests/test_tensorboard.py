@@ -228,7 +228,7 @@ def test_the_weights_of_the_best_network_become_histograms(tmp_path: Path) -> No
     network |= {"weight.1": torch.zeros(10, 8), "bias.1": torch.tensor([[torch.inf, *[1.0] * 9]])}
     for row in (best, other):
         path = model_path(experiment.files / "models", row.rule, row.key)
-        models.save(path, network, RunSpec.model_validate(row.spec), (1, 8, 8), list("0123456789"))
+        models.save(path, models.content(network, RunSpec.model_validate(row.spec), (1, 8, 8), list("0123456789")))
     tensorboard.write(experiment, tmp_path / "logs")
     multiplexer = read(tmp_path / "logs")
     assert multiplexer.Runs()[named(experiment, other)]["histograms"] == []
