@@ -29,8 +29,9 @@ _HERE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, nothing listens beyond the loopback device
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # by default workers give way to everything else, also while all of it starts
 }
-"""What makes a cluster of this command's own one that nobody else can use."""
+"""What makes a cluster of this command's own one that nobody else can use, and that has the machine."""
 
 
 class Gone(RunError):
