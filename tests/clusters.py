@@ -34,9 +34,8 @@ def needed_ray() -> None:
 class Nodes:
     """A cluster whose head has no processor for workers; `add` and `lose` nodes of one processor each."""
 
-    def __init__(self, **environment: str) -> None:
-        """Its nodes have such variables."""
-        self.environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment}
+    def __init__(self) -> None:
+        self.environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,

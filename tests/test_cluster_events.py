@@ -196,10 +196,13 @@ def test_any_number_of_events(tmp_path: Path, nodes: Nodes) -> None:
     survives(Chaos(nodes, tmp_path, EVENTS))
 
 
-def test_any_number_of_events_with_a_server(tmp_path: Path, postgres_own_server: PostgresServer) -> None:
+def test_any_number_of_events_with_a_server(
+    tmp_path: Path, postgres_own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needed_ray()
+    monkeypatch.setenv("PGPASSWORD", postgres_own_server.password)  # which the nodes have too
     url = postgres_own_server.url().replace(f":{postgres_own_server.password}@", "@")
-    with Nodes(PGPASSWORD=postgres_own_server.password) as nodes:
+    with Nodes() as nodes:
         survives(Chaos(nodes, tmp_path, EVENTS // 2, ["--storage", url]))
 
 
