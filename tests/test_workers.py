@@ -36,6 +36,7 @@ from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.workers import worker
 from bpf.workers.events import Event, Trained
+from bpf.workers.files import Folder
 from bpf.workers.job import Job, Terms
 from bpf.workers.worker import Worker
 from invented import IN_SCRIPTS
@@ -674,9 +675,9 @@ def test_a_model_that_becomes_the_best_meanwhile_is_not_removed(tmp_path: Path) 
             return {*keys} - {"training"}
 
     for name in ("old", "new", "worse", "training"):
-        path = model_path(tmp_path, "bp", name)
-        path.parent.mkdir(exist_ok=True)
+        path = model_path(tmp_path / "models", "bp", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    working: Any = SimpleNamespace(job=SimpleNamespace(models=tmp_path), study=Meanwhile())
+    working: Any = SimpleNamespace(files=Folder(tmp_path), study=Meanwhile())
     Worker._discard_models(working, "bp")
-    assert set(models.kept(tmp_path, "bp")) == {"new", "training"}
+    assert set(models.kept(tmp_path / "models", "bp")) == {"new", "training"}
