@@ -1,7 +1,8 @@
-"""This machine: its memory, and the processor cores that this process may use."""
+"""This machine: its memory, the processor cores that this process may use, and who uses it."""
 
 import math
 import os
+import re
 from pathlib import Path
 
 
@@ -21,3 +22,13 @@ def memory_bytes() -> float:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # not on Windows, and not every system knows both
         return math.inf
+
+
+def user() -> str:
+    """The user's name as a part of a path."""
+    import getpass
+
+    try:
+        return re.sub(r"[^\w.-]", "_", getpass.getuser())
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"

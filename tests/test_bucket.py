@@ -91,7 +91,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def invented(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Invented]]:
     """A store that can fail, empty; nobody waits between two tries."""
     fsspec.register_implementation("invented", Invented, clobber=True)
-    monkeypatch.setattr(worker_files, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("bpf.study.seam.FIRST_PAUSE", 0.0)
     yield Invented
     Invented.store.clear()
     Invented.pseudo_dirs[:] = [""]

@@ -278,14 +278,14 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     incoming, path = Incoming(), tmp_path / "a.pt"
     path.write_bytes(b"old")
     with pytest.raises(RunError, match="some are missing"):
-        incoming.receive(path, 5, None, b"x")
-    incoming.receive(path, 0, None, b"one")
+        incoming.receive(path, "one", 5, None, b"x")
+    incoming.receive(path, "one", 0, None, b"one")
     with pytest.raises(RunError, match="do not belong together"):
-        incoming.receive(path, 7, None, b"two")
-    incoming.receive(path, 0, None, b"one")
+        incoming.receive(path, "one", 7, None, b"two")
+    incoming.receive(path, "one", 0, None, b"one")
     with pytest.raises(RunError, match="other bytes"):
-        incoming.receive(path, 3, "0" * 64, b"two")
-    incoming.receive(path, 0, None, b"half")
+        incoming.receive(path, "one", 3, "0" * 64, b"two")
+    incoming.receive(path, "one", 0, None, b"half")
     incoming.close()
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.pt", b"old")]
 
@@ -348,9 +348,9 @@ def test_a_silent_worker_is_noticed(office: Office, monkeypatch: pytest.MonkeyPa
 
 def test_kinds_of_nodes() -> None:
     gpu, cpu, head = (
-        Node("a", "10.0.0.1", "a", 8, 4),
-        Node("b", "10.0.0.2", "b", 8, 0),
-        Node("c", "10.0.0.3", "c", 0, 0),
+        Node("a", "10.0.0.1", 8, 4),
+        Node("b", "10.0.0.2", 8, 0),
+        Node("c", "10.0.0.3", 0, 0),
     )
     assert kinds("auto", [gpu, head]) == ["cuda"]
     assert kinds("auto", [cpu, cpu, head]) == ["cpu"]

@@ -29,10 +29,8 @@ from bpf.workers import events
 from bpf.workers.events import Event
 from bpf.workers.files import Folder
 
-_KINDS = {kind.__name__: kind for kind in (events.Began, events.Trained, events.Saved, events.Ended, events.GivenUp)}
-_EVENTS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(kind) for name, kind in (_KINDS | {"Trouble": events.Trouble}).items()
-}
+_KINDS = (events.Began, events.Trained, events.Saved, events.Ended, events.GivenUp, events.Trouble)
+_EVENTS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in _KINDS}
 KINDS_AHEAD = 64
 """A worker is asked about so many kinds of cells at once."""
 Count = Annotated[int, Field(ge=0)]
@@ -234,9 +232,9 @@ class Desk:
             return b""
 
     @validate_call
-    def do_store(self, cohort: Word, at: Count, digest: str | None, payload: bytes = b"") -> None:
-        """The next bytes of a checkpoint; with the SHA-256 of all of it they are the last."""
-        self._incoming.receive(self._files.checkpoint(cohort), at, digest, payload)
+    def do_store(self, cohort: Word, upload: Word, at: Count, digest: str | None, payload: bytes = b"") -> None:
+        """The next bytes of a checkpoint, in an upload of its own; with the SHA-256 of all of it they are the last."""
+        self._incoming.receive(self._files.checkpoint(cohort), upload, at, digest, payload)
 
     @validate_call
     def do_set_aside(self, cohort: Word) -> str:

@@ -49,7 +49,6 @@ class Node:
 
     id: str
     address: str
-    host: str
     cpus: int
     gpus: int
     port: int = 0
@@ -78,6 +77,8 @@ class Engine:
 
     def __init__(self, on: str, workers: int | None, device: str, per_gpu: int) -> None:
         self.on, self.workers, self.device, self.per_gpu = on, workers, device, per_gpu
+        named = os.environ.get("RAY_ADDRESS", "")
+        self._address = named if on == AUTO and ":" in named else on
         self._ready_made: list[tuple[str, Any]] = []
         self._environment: dict[str, str | None] = {}
         self._failure: BaseException | None = None
@@ -136,7 +137,6 @@ class Engine:
             Node(
                 node["NodeID"],
                 node["NodeManagerAddress"],
-                node["NodeManagerHostname"],
                 int(node["Resources"].get("CPU", 0)),
                 int(node["Resources"].get("GPU", 0)),
                 int(node["NodeManagerPort"]),
@@ -151,7 +151,7 @@ class Engine:
 
         None if that cannot be told from here, as through `ray://`.
         """
-        if self.on.startswith("ray://"):
+        if self._address.startswith("ray://"):
             return None
         try:
             _connect(f"{node.address}:{node.port}")
@@ -206,10 +206,10 @@ class Engine:
                 cpus = max(cores(), self.workers or 0)
                 found = self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
-                if self.on != AUTO:  # Ray would try for minutes, and not say what the matter is
-                    _connect(self.on.removeprefix("ray://"))
-                found = self.ray.init(address=self.on, **quiet)
-            self._head = getattr(found, "address_info", {}).get("gcs_address") or self.on.removeprefix("ray://")
+                if self._address != AUTO:  # Ray would try for minutes, and not say what the matter is
+                    _connect(self._address.removeprefix("ray://"))
+                found = self.ray.init(address=self._address, **quiet)
+            self._head = getattr(found, "address_info", {}).get("gcs_address") or self._address.removeprefix("ray://")
             self.ray.cloudpickle.register_pickle_by_value(post)
             with suppress(BpfError):  # which is found again, and told, when the cluster is needed
                 self._make_ready()

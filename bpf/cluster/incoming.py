@@ -24,20 +24,23 @@ class _Arriving:
 
 
 class Incoming:
-    """The files that are on their way, by the place that they will have. Several threads may use it."""
+    """The files that are on their way, by their uploads: two senders of one file do not disturb each other.
+
+    Several threads may use it.
+    """
 
     def __init__(self) -> None:
-        self._arriving: dict[Path, _Arriving] = {}
+        self._arriving: dict[str, _Arriving] = {}
         self._lock = threading.Lock()
 
-    def receive(self, path: Path, at: int, digest: str | None, part: bytes) -> None:
+    def receive(self, path: Path, upload: str, at: int, digest: str | None, part: bytes) -> None:
         """The next bytes of a file, from `at` on; with the SHA-256 of all of it they are its last.
 
         Raises RunError for parts that do not belong together, and DiskFull.
         """
         with explaining(path):
             with self._lock:
-                arriving = self._arriving.pop(path, None)
+                arriving = self._arriving.pop(upload, None)
             if at == 0:
                 if arriving is not None:
                     arriving.drop()
@@ -58,7 +61,7 @@ class Incoming:
                 arriving.drop()
                 raise
             with self._lock:
-                self._arriving[path] = arriving
+                self._arriving[upload] = arriving
 
     def close(self) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from bpf.errors import BpfError, DiskFull, RunError
 from bpf.files import write_atomically
 from bpf.study.cells import Claim, Row
 from bpf.study.holder import Holder, Progress
-from bpf.study.seam import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE_SECONDS, Fenced
+from bpf.study.seam import PATIENCE_SECONDS, Fenced, patiently
 from bpf.workers.events import Event, Trained
 from bpf.workers.files import Scratch
 from bpf.workers.stopping import Stop
@@ -32,8 +32,11 @@ _CLAIM: TypeAdapter[Claim] = TypeAdapter(Claim)
 _ROWS: TypeAdapter[list[Row]] = TypeAdapter(list[Row])
 
 
-class Away(Exception):
+class Away(RunError):
     """Nobody carries questions just now."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"The driver cannot be reached: {why}")
 
 
 class Line:
@@ -51,7 +54,8 @@ class Line:
     def ask_bytes(self, do: str, payload: bytes = b"", **values: Any) -> tuple[Any, bytes]:
         self._number += 1
         question = {"line": self._name, "number": self._number, "do": do, "with": values}
-        answer, back = self._asked(json.dumps(question).encode(), payload)
+        asked = json.dumps(question).encode()
+        answer, back = patiently(lambda: self._send(asked, payload), Away, self.patience, self.on_wait)
         told = json.loads(answer)
         if "fenced" in told:
             raise Fenced(told["fenced"])
@@ -64,19 +68,6 @@ class Line:
             error.exit_code = told["exit_code"]
             raise error
         return told["told"], back
-
-    def _asked(self, question: bytes, payload: bytes) -> tuple[bytes, bytes]:
-        began, pause = time.monotonic(), FIRST_PAUSE
-        while True:
-            try:
-                return self._send(question, payload)
-            except Away as away:
-                reason = f"The driver cannot be reached: {away}"
-                if time.monotonic() - began > self.patience:
-                    raise RunError(reason) from away
-                self.on_wait(reason)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class RemoteStudy:
@@ -199,13 +190,14 @@ class RemoteFiles(Scratch):
         return path
 
     def store(self, cohort: str) -> None:
-        at, digest = 0, hashlib.sha256()
+        at, digest, upload = 0, hashlib.sha256(), secrets.token_hex(8)
         with super().checkpoint(cohort).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             while part := file.read(PART_BYTES):
                 digest.update(part)
                 last = at + len(part) == size
-                self._line.ask("store", part, cohort=cohort, at=at, digest=digest.hexdigest() if last else None)
+                summed = digest.hexdigest() if last else None
+                self._line.ask("store", part, cohort=cohort, upload=upload, at=at, digest=summed)
                 at += len(part)
 
     def set_aside(self, cohort: str) -> str:

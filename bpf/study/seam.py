@@ -1,5 +1,6 @@
 """What a worker needs of a study, wherever the study lies. `Study` has it where the database can be reached."""
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -13,10 +14,25 @@ PATIENCE_SECONDS = 600.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
 H = TypeVar("H", bound=Holder)
+T = TypeVar("T")
 
 
 class Fenced(RunError):
     """The cell belongs to another process by now; the outcome was not stored."""
+
+
+def patiently(step: Callable[[], T], passing: type[Exception], patience: float, on_wait: Callable[[str], object]) -> T:
+    """Do a step again while it fails so, for as many seconds as there is patience; each time it is told what failed."""
+    began, pause = time.monotonic(), FIRST_PAUSE
+    while True:
+        try:
+            return step()
+        except passing as failure:
+            if time.monotonic() - began > patience:
+                raise
+            on_wait(str(failure))
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class WorkerStudy(Protocol[H]):

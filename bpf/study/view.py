@@ -4,7 +4,6 @@ Nothing here writes, but what brings the tables of an older bpf to this form whe
 """
 
 import math
-import re
 import tempfile
 import threading
 import time
@@ -19,6 +18,7 @@ import sqlalchemy as sa
 
 from bpf.errors import Damaged, UsageError, did_you_mean
 from bpf.locks import private
+from bpf.machine import user
 from bpf.study import owner as owners
 from bpf.study import plan, schema
 from bpf.study.cells import STATES, Axis, Row, Tally, Value
@@ -237,13 +237,4 @@ def locks_of(database: Database) -> Path:
     """
     if database.path:
         return database.path.parent / "locks"
-    return private(Path(tempfile.gettempdir()) / f"bpf-locks-{_user()}")
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return re.sub(r"[^\w.-]", "_", getpass.getuser())
-    except (KeyError, OSError):  # a container's user without a name
-        return "unknown"
+    return private(Path(tempfile.gettempdir()) / f"bpf-locks-{user()}")

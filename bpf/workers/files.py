@@ -1,10 +1,8 @@
 """Where workers keep checkpoints and models: in a folder, or elsewhere, worked on in a folder of this machine."""
 
-import getpass
 import re
 import secrets
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +14,9 @@ from bpf.errors import BpfError, RunError
 from bpf.experiment.bucket import Bucket
 from bpf.experiment.places import checkpoint_path, model_path
 from bpf.locks import is_held, private
+from bpf.machine import user
 from bpf.results import models
-from bpf.study.seam import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE_SECONDS
+from bpf.study.seam import PATIENCE_SECONDS, patiently
 from bpf.training import checkpoint
 from bpf.workers.job import Job
 
@@ -146,23 +145,14 @@ class Stored:
 
     def _patiently(self, step: Callable[[], T]) -> T:
         """Do a step again while it fails, as long as workers wait for a database."""
-        began, pause = time.monotonic(), FIRST_PAUSE
-        while True:
-            try:
-                return step()
-            except RunError as error:
-                if time.monotonic() - began > PATIENCE_SECONDS:
-                    raise
-                self.on_wait(f"{error} It is tried again.")
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        return patiently(step, RunError, PATIENCE_SECONDS, lambda said: self.on_wait(f"{said} It is tried again."))
 
 
 class Scratch(Folder):
     """A folder of this process alone, which is gone when it has ended, or when the next one looks."""
 
     def __init__(self) -> None:
-        root = private(Path(tempfile.gettempdir()) / f"bpf-scratch-{re.sub(r'[^A-Za-z0-9_.-]', '_', _user())}")
+        root = private(Path(tempfile.gettempdir()) / f"bpf-scratch-{user()}")
         super().__init__(root / secrets.token_hex(8))
         self._lock = FileLock(self.path / "lock", thread_local=False)
         with FileLock(root / "lock"):  # else a folder could be taken for one that is left before its own lock is held
@@ -194,10 +184,3 @@ def _remove(scratch: Path) -> None:
             (scratch / "checkpoints").rmdir()
         (scratch / "lock").unlink(missing_ok=True)
         scratch.rmdir()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "unknown"
