@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import optuna
+import pytest
 from optuna.samplers import GridSampler
 
 from bpf.cli import app as cli
@@ -311,6 +312,21 @@ def outcomes(directory: Path) -> dict[str, Any]:
         for row in summary.rows(experiment)
         if row.result
     }
+
+
+def assert_undisturbed(directory: Path, expected: Mapping[str, Any]) -> int:
+    """A finished grid has the `outcomes` that are expected; returns how many cells had to be trained apart.
+
+    Their numbers are the same but for rounding.
+    """
+    apart = {row.key for row in summary.rows(open_experiment(directory)) if row.max_runs is not None}
+    found = outcomes(directory)
+    assert found.keys() == expected.keys()
+    together = found.keys() - apart
+    assert {key: found[key] for key in together} == {key: expected[key] for key in together}
+    for key in apart:
+        assert found[key][:2] == ("complete", pytest.approx(expected[key][1], rel=0.01))
+    return len(apart)
 
 
 def assert_ran_once(directory: Path, set_aside: int = 0) -> None:

@@ -23,7 +23,7 @@ import pytest
 from bpf.errors import BpfError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
-from chaos import assert_ran_once, files, needed, outcomes
+from chaos import assert_ran_once, assert_undisturbed, files, needed, outcomes
 from clusters import Nodes, needed_ray
 from servers import PostgresServer
 from waiting import SECONDS, eventually
@@ -235,16 +235,7 @@ class Chaos:
             directory = self.folder / f"grid {self.found['grids']}"
             while not self._goes_on(directory):
                 pass
-            rows = summary.rows(open_experiment(directory))
-            apart = {row.key for row in rows if row.max_runs is not None}  # numbers are the same but for rounding
-            self.found["cells trained apart"] += len(apart)
-            found = outcomes(directory)
-            assert found.keys() == expected.keys()
-            assert {key: found[key] for key in found.keys() - apart} == {
-                key: expected[key] for key in expected.keys() - apart
-            }
-            for key in apart:
-                assert found[key][:2] == ("complete", pytest.approx(expected[key][1], rel=0.01))
+            self.found["cells trained apart"] += assert_undisturbed(directory, expected)
             if not self.more:
                 assert_ran_once(directory)
 
