@@ -52,7 +52,6 @@ from bpf import api
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk
 from bpf.cluster.remote import Line, Pulse, RemoteFiles, RemoteStudy, Send
-from bpf.cluster.wire import PART_BYTES
 from bpf.experiment.grid import expand
 from bpf.spec.grid import GridSpec
 from bpf.study import owner as owners
@@ -101,9 +100,9 @@ class Diary:
 class DeskFiles(RemoteFiles):
     """As workers have them, but for a folder of each: a thousand of those are never on one machine."""
 
-    def __init__(self, line: Line, folder: Path) -> None:
+    def __init__(self, line: Line, folder: Path, seat: str) -> None:
         Folder.__init__(self, folder)
-        self._line = line
+        self._line, self._seat = line, seat
 
     def close(self) -> None:
         pass
@@ -130,7 +129,7 @@ class Reached:
 def at_desk(send: Send, folder: Path, seat: str) -> Reached:
     pulse = Pulse(Line(send), {"seat": seat, "node": "0" * 56, "where": "node (127.0.0.1)"}, Stop())
     line = Line(send)
-    return Reached(RemoteStudy(line, seat), DeskFiles(line, folder), pulse)
+    return Reached(RemoteStudy(line, seat), DeskFiles(line, folder, seat), pulse)
 
 
 def at_server(url: str, folder: Path, seat: str) -> Reached:
@@ -592,13 +591,17 @@ def stored_bytes(send: Send, name: str, until: float) -> int:
     """Store the checkpoint of a cohort again and again, in parts as workers do; returns how many bytes that were."""
     line, stored = Line(send), 0
     content = bytes(CHECKPOINT_BYTES)
-    digest = hashlib.sha256(content).hexdigest()
-    while time.monotonic() < until:
-        for at in range(0, len(content), PART_BYTES):
-            last = at + PART_BYTES >= len(content)
-            part = content[at : at + PART_BYTES]
-            line.ask("store", part, cohort=name, at=at, digest=digest if last else None)
-            stored += len(part)
+    study = RemoteStudy(line, name)
+    with study.enrolled({}) as owner:
+        claim = study.claim(owner, lambda row: 1)
+        assert claim is not None
+        with closing(RemoteFiles(line, name)) as there:
+            path = there.checkpoint(claim.cohort, False)
+            path.parent.mkdir()
+            path.write_bytes(content)
+            while time.monotonic() < until:
+                there.store(claim.cohort)
+                stored += len(content)
     return stored
 
 

@@ -26,6 +26,7 @@ import optuna
 import pytest
 from optuna.samplers import GridSampler
 
+from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
@@ -357,6 +358,13 @@ def files(directory: Path) -> list[str]:
     """What lies in an experiment's directory, but for what SQLite keeps beside an open database."""
     found = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in found if path not in ("study.db-shm", "study.db-wal"))
+
+
+def assert_tidy(directory: Path) -> None:
+    """Nothing lies there but what is needed, logs, and what a process could not remove before it was killed."""
+    removed = api.clean(open_experiment(directory))["files"]
+    assert all(".pt" in path or ".experiment.yaml." in path for path in removed)  # cut short, or not discarded any more
+    assert [name for name in files(directory) if not name.startswith("logs/")] == needed(directory)
 
 
 def needed(directory: Path) -> list[str]:

@@ -5,8 +5,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ class Office:
 
     def worker(self, seat: str, data: Any, tell: Callable[[Event], None] = lambda event: None) -> Worker:
         line = self.line()
-        return Worker(RemoteStudy(line, seat), RemoteFiles(line), data, Terms("cpu", checkpoint_seconds=0.0), tell)
+        return Worker(
+            RemoteStudy(line, seat), RemoteFiles(line, seat), data, Terms("cpu", checkpoint_seconds=0.0), tell
+        )
 
     def close(self) -> None:
         self.desk.close()
@@ -95,6 +98,16 @@ class Office:
 def office(experiment: Experiment) -> Iterator[Office]:
     with closing(Office(experiment)) as opened:
         yield opened
+
+
+@contextmanager
+def claimed(office: Office, seat: str) -> Iterator[str]:
+    """The cohort that a worker in this seat has claimed."""
+    study = RemoteStudy(office.line(), seat)
+    with study.enrolled({}) as owner:
+        claim = study.claim(owner, lambda row: 1)
+        assert claim is not None
+        yield claim.cohort
 
 
 @pytest.fixture
@@ -168,6 +181,27 @@ def test_a_stopped_worker_leaves_a_checkpoint_from_which_another_goes_on(
     office.worker("2-1", data, began.append).run()
     assert began[0].epoch == 2, "it went on from the checkpoint"
     assert outcomes(office.experiment.directory) == reference(tmp_path)
+
+
+@pytest.mark.parametrize(("least", "saved"), [(0.0, [1, 2, 3]), (1e-6, [1])])
+def test_checkpoints_that_take_long_are_made_less_often_unless_each_epoch_has_one(
+    least: float, saved: list[int], office: Office, data: Any
+) -> None:
+    worker, at, found = office.worker("1-1", data), [0], defaultdict[str, list[int]](list)
+    worker.terms = Terms("cpu", checkpoint_seconds=least)
+    store = worker.files.store
+
+    def slow(cohort: str) -> None:
+        time.sleep(0.3)  # ten times as long as that is more than its other epochs take
+        store(cohort)
+        found[cohort].append(at[0])
+
+    def tell(event: Event) -> None:
+        at[0] = event.epoch if isinstance(event, Trained) else at[0]
+
+    worker.files.store, worker.tell = slow, tell  # type: ignore[method-assign]
+    worker.run()
+    assert list(found.values()) == [[*saved, 3]] * 4, "the last before the first of the cells has its result"
 
 
 def test_who_was_taken_for_dead_stores_nothing_and_claims_anew(tmp_path: Path, office: Office, data: Any) -> None:
@@ -256,22 +290,37 @@ def test_the_desk_believes_nothing(do: str, values: dict[str, Any], office: Offi
 def test_large_checkpoints_come_in_parts(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpf.cluster.remote.PART_BYTES", 1000)
     monkeypatch.setattr(desks, "PART_BYTES", 700)
-    there = RemoteFiles(office.line())
     content = bytes(range(256)) * 20
-    path = there.checkpoint("abc", False)
-    path.parent.mkdir()
-    path.write_bytes(content)
-    there.store("abc")
-    stored = office.experiment.files / "checkpoints" / "abc.pt"
-    assert stored.read_bytes() == content
-    assert office.asked.count("store") == 6
-    other = RemoteFiles(office.line())
-    assert other.checkpoint("abc", True).read_bytes() == content
-    assert other.set_aside("abc") == "abc.pt.damaged"
-    assert not other.checkpoint("abc", True).exists()
-    there.close()
-    other.close()
+    with claimed(office, "1-1") as cohort, closing(RemoteFiles(office.line(), "1-1")) as there:
+        path = there.checkpoint(cohort, False)
+        path.parent.mkdir()
+        path.write_bytes(content)
+        there.store(cohort)
+        stored = office.experiment.files / "checkpoints" / f"{cohort}.pt"
+        assert stored.read_bytes() == content
+        assert office.asked.count("store") == 6
+        with closing(RemoteFiles(office.line(), "1-1")) as other:
+            assert other.checkpoint(cohort, True).read_bytes() == content
+            assert other.set_aside(cohort) == f"{cohort}.pt.damaged"
+            assert not other.checkpoint(cohort, True).exists()
     assert not there.path.exists()
+
+
+def test_a_worker_that_was_taken_for_dead_stores_no_checkpoint(office: Office) -> None:
+    with claimed(office, "1-1") as cohort, closing(RemoteFiles(office.line(), "1-1")) as there:
+        path = there.checkpoint(cohort, False)
+        path.parent.mkdir()
+        path.write_bytes(b"early")
+        there.store(cohort)
+        office.desk.leave("1-1")
+        path.write_bytes(b"late")
+        with pytest.raises(Fenced, match="taken for dead"):
+            there.store(cohort)
+        there.discard(cohort)
+        with pytest.raises(Fenced):
+            there.set_aside(cohort)
+        stored = office.experiment.files / "checkpoints" / f"{cohort}.pt"
+        assert stored.read_bytes() == b"early"
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -296,7 +345,7 @@ def test_a_full_disk_at_the_desk_is_one_at_the_worker(office: Office, monkeypatc
 
     monkeypatch.setattr("bpf.results.models.save", full)
     with pytest.raises(DiskFull, match="models/dfa/k"):
-        RemoteFiles(office.line()).save_model("dfa", "k", b"content")
+        RemoteFiles(office.line(), "1-1").save_model("dfa", "k", b"content")
 
 
 def test_a_line_waits_for_the_post_and_then_gives_up() -> None:

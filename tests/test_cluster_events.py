@@ -23,7 +23,7 @@ import pytest
 from bpf.errors import BpfError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
-from chaos import assert_ran_once, assert_undisturbed, files, needed, outcomes
+from chaos import assert_ran_once, assert_tidy, assert_undisturbed, outcomes
 from clusters import Nodes, needed_ray
 from servers import PostgresServer
 from waiting import SECONDS, eventually
@@ -130,7 +130,7 @@ def test_nodes_come_and_go_and_the_driver_dies(tmp_path: Path, nodes: Nodes) -> 
         assert driver.wait() == 0, driver.output
     assert outcomes(directory) == expected
     assert_ran_once(directory)
-    assert [name for name in files(directory) if not name.startswith("logs/")] == needed(directory)
+    assert_tidy(directory)
     assert len(list((directory / "logs").glob("node-*"))) >= 2
 
 
@@ -238,6 +238,7 @@ class Chaos:
             self.found["cells trained apart"] += assert_undisturbed(directory, expected)
             if not self.more:
                 assert_ran_once(directory)
+                assert_tidy(directory)
 
     def _goes_on(self, directory: Path) -> bool:
         """One driver's life; whether the grid is finished."""

@@ -26,7 +26,7 @@ from bpf.registry import ALGORITHMS, Registry
 from bpf.results import summary
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
-from bpf.workers import supervisor, worker
+from bpf.workers import process, supervisor, worker
 from bpf.workers.claims import ClaimTraining
 from bpf.workers.job import Job
 from chaos import outcomes
@@ -139,7 +139,7 @@ def test_every_rule_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
 def work(job: Job, connection: Connection) -> None:
     """The life of a worker process that waits to be killed."""
     install(Path(os.environ[MARKS]))
-    worker.work(job, connection)
+    process.work(job, connection)
 
 
 if __name__ == "__main__":

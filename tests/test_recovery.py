@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from bpf import api
 from bpf.cli import app as cli
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
-from chaos import Command, assert_ran_once, files, needed, outcomes
+from chaos import Command, assert_ran_once, assert_tidy, outcomes
 
 RULES = ("bp", "drtp", "ll-cce")
 GRID = [
@@ -40,9 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def assert_undisturbed(directory: Path, undisturbed: dict[str, Any]) -> None:
     assert outcomes(directory) == undisturbed
     assert_ran_once(directory)
-    removed = api.clean(open_experiment(directory))["files"]
-    assert all(".pt" in path or ".experiment.yaml." in path for path in removed)  # cut short, or not discarded any more
-    assert files(directory) == needed(directory)
+    assert_tidy(directory)
 
 
 def test_after_the_death_of_a_worker_and_then_of_the_command_the_numbers_are_the_same(

@@ -62,7 +62,7 @@ CheckpointEvery = Annotated[
     typer.Option(
         "--checkpoint-every",
         parser=number_for("--checkpoint-every", float, 0),
-        help="Least seconds between two checkpoints.",
+        help="Least seconds between two checkpoints, and ten times as long as one takes; 0 is after each epoch.",
         metavar="SECONDS",
     ),
 ]

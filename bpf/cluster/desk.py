@@ -232,16 +232,21 @@ class Desk:
             return b""
 
     @validate_call
-    def do_store(self, cohort: Word, upload: Word, at: Count, digest: str | None, payload: bytes = b"") -> None:
+    def do_store(
+        self, seat: Word, cohort: Word, upload: Word, at: Count, digest: str | None, payload: bytes = b""
+    ) -> None:
         """The next bytes of a checkpoint, in an upload of its own; with the SHA-256 of all of it they are the last."""
+        self._check_owner(seat, cohort)
         self._incoming.receive(self._files.checkpoint(cohort), upload, at, digest, payload)
 
     @validate_call
-    def do_set_aside(self, cohort: Word) -> str:
+    def do_set_aside(self, seat: Word, cohort: Word) -> str:
+        self._check_owner(seat, cohort)
         return self._files.set_aside(cohort)
 
     @validate_call
-    def do_discard(self, cohort: Word) -> None:
+    def do_discard(self, seat: Word, cohort: Word) -> None:
+        self._check_owner(seat, cohort)
         self._files.discard(cohort)
 
     @validate_call
@@ -294,6 +299,12 @@ class Desk:
                     guest.heard = time.monotonic()
                     return guest
         raise Fenced("This worker was taken for dead; its cells are for others now.")
+
+    def _check_owner(self, seat: str, cohort: str) -> None:
+        """Raise Fenced if a checkpoint is another's by now, as that of a worker which was taken for dead is."""
+        guest = self.guest(seat)
+        if self._hosts and (guest is None or guest.claim is None or guest.claim.cohort != cohort):
+            raise Fenced("This worker was taken for dead; its checkpoint is for others now.")
 
     def _claim(self, token: str, key: str | None = None) -> Claim:
         """What the worker has claimed, with the cell of `key` in it."""

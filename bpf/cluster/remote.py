@@ -174,11 +174,11 @@ class RemoteStudy:
 
 
 class RemoteFiles(Scratch):
-    """Checkpoints and models at the desk, worked on in a folder of this process."""
+    """Checkpoints and models at the desk, worked on in a folder of this process, of the worker in a `seat`."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, seat: str) -> None:
         super().__init__()
-        self._line = line
+        self._line, self._seat = line, seat
 
     def checkpoint(self, cohort: str, begun: bool = False) -> Path:
         path = super().checkpoint(cohort)
@@ -197,18 +197,19 @@ class RemoteFiles(Scratch):
                 digest.update(part)
                 last = at + len(part) == size
                 summed = digest.hexdigest() if last else None
-                self._line.ask("store", part, cohort=cohort, upload=upload, at=at, digest=summed)
+                whose = {"seat": self._seat, "cohort": cohort, "upload": upload}
+                self._line.ask("store", part, **whose, at=at, digest=summed)
                 at += len(part)
 
     def set_aside(self, cohort: str) -> str:
         super().discard(cohort)
-        aside: str = self._line.ask("set_aside", cohort=cohort)
+        aside: str = self._line.ask("set_aside", seat=self._seat, cohort=cohort)
         return aside
 
     def discard(self, cohort: str) -> None:
         super().discard(cohort)
         with suppress(BpfError):
-            self._line.ask("discard", cohort=cohort)
+            self._line.ask("discard", seat=self._seat, cohort=cohort)
 
     def save_model(self, rule: str, key: str, content: bytes) -> None:
         self._line.ask("save_model", content, rule=rule, key=key)

@@ -93,7 +93,8 @@ def _study(order: dict[str, Any], line: Line) -> Any:
 def _files(order: dict[str, Any], line: Line) -> Any:
     """The experiment's files: in their own folder if this node has it as well, else at the desk."""
     folder = Path(order["files"])
-    files: Any = Folder(folder) if order["mark"] and belongs(folder, None, order["mark"]) else RemoteFiles(line)
+    shared = order["mark"] and belongs(folder, None, order["mark"])
+    files: Any = Folder(folder) if shared else RemoteFiles(line, order["seat"])
     if order["checkpoints"]:
         return Stored(files, Bucket(order["checkpoints"], order["experiment"]))
     return files

@@ -45,7 +45,7 @@ NOTE_SECONDS = 5.0
 """Least time between two notes of how far a cohort is; the first epoch is noted in any case if it took a while."""
 LONG_EPOCH_SECONDS = 1.0
 LEAST_PAUSE = 10
-"""So many times as long as a checkpoint took to store, it is trained before the next one."""
+"""So many times as long as a checkpoint took to store, it is trained before the next one, unless each epoch has one."""
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Worker:
         at = self._begun(training)
         self._note(at)
         saved = noted = time.monotonic()
-        pause = self.terms.checkpoint_seconds
+        pause = least = self.terms.checkpoint_seconds
         while not training.done:
             began = time.perf_counter()
             training.run_epoch()
@@ -185,7 +185,8 @@ class Worker:
             if self.holder.lost.is_set():
                 raise Fenced("The lease has run out.")
             if self.stop.asked or time.monotonic() - saved >= pause:
-                pause = max(self.terms.checkpoint_seconds, LEAST_PAUSE * self._save(training))
+                storing = self._save(training)
+                pause = max(least, LEAST_PAUSE * storing) if least else 0.0
                 saved = time.monotonic()
             if self.stop.asked and not training.done:
                 raise self.stop.interruption()
