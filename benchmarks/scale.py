@@ -55,7 +55,7 @@ from bpf.cluster.remote import Line, Pulse, RemoteFiles, RemoteStudy, Send
 from bpf.experiment.grid import expand
 from bpf.spec.grid import GridSpec
 from bpf.study import owner as owners
-from bpf.study.cells import Cell, Claim, Row
+from bpf.study.cells import Cell, Claim, Finished, Row
 from bpf.study.database import Database
 from bpf.study.holder import Progress
 from bpf.study.seam import Fenced
@@ -226,17 +226,20 @@ class Crowd:
     def _finish(self, reached: Reached, claim: Claim) -> None:
         """What a worker asks when a cohort is through: see `Worker._finish`."""
         study, files, rule = reached.study, reached.files, claim.rows[0].rule
+        ended = []
         for row in claim.rows:
             value, result, history = valued(random.choice(self._outcomes), random.random())
-            best = study.best(rule)
-            if best is None or value <= best[1]:
-                files.save_model(rule, row.key, bytes(MODEL_BYTES))
-            step = partial(study.finish, claim, row.key, value, "complete", result, history)
-            try:
-                self._timed("finish", step)
-            except Fenced:
-                self._diary.fenced += 1
-                return
+            ended.append((value, Finished(row.key, value, "complete", result, history)))
+        value, first = min(ended, key=lambda one: one[0])
+        best = study.best(rule)
+        if best is None or value <= best[1]:
+            files.save_model(rule, first.key, bytes(MODEL_BYTES))
+        try:
+            self._timed("finish", lambda: study.finish(claim, *(finished for _, finished in ended)))
+        except Fenced:
+            self._diary.fenced += 1
+            return
+        for row, (value, _) in zip(claim.rows, ended, strict=True):
             self._diary.finished.append(row.key)
             reached.tell(Ended(row.key, row.name, rule, row.chosen, "complete", value, 1e9))
         finished, best = study.finished(files.models(rule)), study.best(rule)
@@ -400,7 +403,7 @@ def planned(where: Path | Database, cohorts: int, directory: Path, structures: i
         claim = study.claim(owner, lambda row: CELLS)
         assert claim is not None
         for row in claim.rows:
-            study.finish(claim, row.key, GOOD, "complete", *valued(outcome(0), GOOD)[1:])
+            study.finish(claim, Finished(row.key, GOOD, "complete", *valued(outcome(0), GOOD)[1:]))
     return study
 
 

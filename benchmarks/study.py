@@ -37,7 +37,7 @@ import optuna
 from bpf import api
 from bpf.experiment.grid import expand
 from bpf.spec.grid import GridSpec
-from bpf.study.cells import Axis
+from bpf.study.cells import Axis, Finished
 from bpf.study.owner import Owner
 from bpf.study.study import Study
 from bpf.study.trials import _distribution, _grid_ids, search_space
@@ -100,7 +100,7 @@ def work(study: Study, owner: Owner, numbers: Iterable[int]) -> list[float]:
             assert claim is not None
             row = claim.rows[0]
             study.best(row.rule)
-            study.finish(claim, row.key, value, "complete", result, history)
+            study.finish(claim, Finished(row.key, value, "complete", result, history))
             study.best(row.rule)
 
         taken.append(1e3 * timed(step)[0])

@@ -44,13 +44,13 @@ TRAINING = {
         "bpf.training.checkpoint:save": 25.0,
         "bpf.results.models:save": 1.0,
         "bpf.nn.optim:StackedOptimizer.step": 550.0,
-        "bpf.study.plan:keep_history": 3.0,
+        "bpf.study.plan:keep_histories": 1.0,
         "bpf.study.study:Study.claim": 1.0,
-        "bpf.study.study:Study.finish": 3.0,
+        "bpf.study.study:Study.finish": 1.0,
         "bpf.study.study:Study.progressed": 2.0,
         "bpf.training.cohort:Cohort.run_epoch": 24.0,
-        "bpf.study.trials:Trials.begin": 3.0,  # in the transaction of `Study.claim`
-        "bpf.study.trials:Trials.end": 3.0,  # in that of `Study.finish`
+        "bpf.study.trials:Trials.begin": 1.0,  # in the transaction of `Study.claim`
+        "bpf.study.trials:Trials.end": 1.0,  # in that of `Study.finish`
         "bpf.workers.worker:Worker._discard_checkpoint": 1.0,
         "bpf.workers.worker:Worker._discard_models": 1.0,
         "bpf.workers.worker:Worker.run": 0.1,

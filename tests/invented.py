@@ -8,7 +8,7 @@ from typing import Any
 from bpf.api import open_tune
 from bpf.experiment.directory import Experiment, Place
 from bpf.spec.grid import GridSpec
-from bpf.study.cells import Row
+from bpf.study.cells import Finished, Row
 from bpf.study.owner import Owner
 from bpf.workers.claims import outcome
 
@@ -36,7 +36,7 @@ def finished(directory: Path, invent: Invent, place: Place = Place(), **fields: 
                 records = [invent(row, number) for number in range(experiment.grid.executions_per_trial)]
                 executions = [{k: v for k, v in r.items() if k not in ("history", "tracked")} for r in records]
                 state, value, result = outcome(executions)
-                study.finish(claim, row.key, value, state, result, records)
+                study.finish(claim, Finished(row.key, value, state, result, records))
     return experiment
 
 
@@ -74,6 +74,8 @@ def result(value: float, **more: Any) -> dict[str, Any]:
 
 
 IN_SCRIPTS = f"""
+from bpf.study.cells import Finished
+
 RESULT, DIVERGED, RECORD = {RESULT!r}, {DIVERGED!r}, {RECORD!r}
 
 

@@ -17,8 +17,8 @@ import pytest
 from bpf import api
 from bpf.cluster import desk as desks
 from bpf.cluster.desk import Desk
-from bpf.cluster.engine import Node, kinds
 from bpf.cluster.incoming import Incoming
+from bpf.cluster.nodes import Node, kinds
 from bpf.cluster.post import _problem
 from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
 from bpf.cluster.wire import PART_BYTES, is_report
@@ -28,6 +28,7 @@ from bpf.experiment.directory import Experiment, open_experiment
 from bpf.results import models, summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
+from bpf.study.cells import Finished
 from bpf.study.seam import Fenced
 from bpf.workers.effort import Effort
 from bpf.workers.events import Event, Trained
@@ -201,7 +202,7 @@ def test_checkpoints_that_take_long_are_made_less_often_unless_each_epoch_has_on
 
     worker.files.store, worker.tell = slow, tell  # type: ignore[method-assign]
     worker.run()
-    assert list(found.values()) == [[*saved, 3]] * 4, "the last before the first of the cells has its result"
+    assert list(found.values()) == [saved] * 4
 
 
 def test_who_was_taken_for_dead_stores_nothing_and_claims_anew(tmp_path: Path, office: Office, data: Any) -> None:
@@ -260,9 +261,9 @@ def test_only_the_owner_finishes_a_cell(office: Office) -> None:
         assert theirs is not None
         stolen = replace(claim, token=theirs.token)
         with pytest.raises(RunError, match="no longer owned"):
-            yours.finish(stolen, claim.rows[0].key, 0.5, "complete", {"executions": [], "seconds": 0.0}, [])
+            yours.finish(stolen, Finished(claim.rows[0].key, 0.5, "complete", {"executions": [], "seconds": 0.0}, []))
         with pytest.raises(Fenced):
-            mine.finish(replace(claim, token="0" * 16), claim.rows[0].key, 0.5, "complete", {}, [])
+            mine.finish(replace(claim, token="0" * 16), Finished(claim.rows[0].key, 0.5, "complete", {}, []))
     assert office.study.counts()["complete"] == 0
 
 

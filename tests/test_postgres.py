@@ -33,11 +33,12 @@ from bpf.experiment.directory import Experiment, Place
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import digest
 from bpf.study import owner as owners
-from bpf.study import schema
-from bpf.study.cells import Axis, Cell, Claim
+from bpf.study import plan, schema
+from bpf.study.cells import Axis, Cell, Claim, Finished
 from bpf.study.database import Database
 from bpf.study.owner import Owner
 from bpf.study.study import Fenced, Study
+from bpf.study.trials import Trials
 from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
 from bpf.workers.job import Job, Terms
@@ -84,7 +85,9 @@ def finish_all(study: Study, owner: Owner, value: float = 1.0) -> int:
     count = 0
     while (claim := study.claim(owner, lambda row: 2)) is not None:
         for row in claim.rows:
-            study.finish(claim, row.key, value + row.ordinal, "complete", result(value + row.ordinal, loss=value))
+            study.finish(
+                claim, Finished(row.key, value + row.ordinal, "complete", result(value + row.ordinal, loss=value))
+            )
             count += 1
     return count
 
@@ -174,7 +177,7 @@ def test_optuna_reads_the_grid_as_its_own(url: str, study: Study, owner: Owner) 
     for done in range(6):
         assert not sampler.is_exhausted(optuna_study(url)), f"exhausted after {done} of 6"
         claim = claimed(study, owner)
-        study.finish(claim, claim.rows[0].key, float(done), "complete", result(float(done), loss=[done]))
+        study.finish(claim, Finished(claim.rows[0].key, float(done), "complete", result(float(done), loss=[done])))
     assert study.claim(owner, lambda row: 1) is None
 
     read = optuna_study(url)
@@ -226,9 +229,9 @@ def test_a_plan_that_cannot_be_is_refused_whole(url: str, study: Study) -> None:
 
 def test_an_extended_grid_runs_only_what_is_new(url: str, study: Study, owner: Owner) -> None:
     first = claimed(study, owner)
-    study.finish(first, first.rows[0].key, 0.25, "complete", result(0.25))
+    study.finish(first, Finished(first.rows[0].key, 0.25, "complete", result(0.25)))
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, None, "diverged", DIVERGED | {"loss": math.nan})
+    study.finish(claim, Finished(claim.rows[0].key, None, "diverged", DIVERGED | {"loss": math.nan}))
     study.fail(claim, claim.rows[1].key, "Traceback")
     assert study.retry_failed() == 1
     running = claimed(study, owner)
@@ -236,7 +239,7 @@ def test_an_extended_grid_runs_only_what_is_new(url: str, study: Study, owner: O
     wider = [Axis("arch", ["10", *ARCH.values]), Axis("lr", [10, *RATE.values], low=1e-12, high=1e4, log=True)]
     assert study.plan({"dfa": wider}, cells_of(wider)) == 6
     assert not GridSampler(study.search_space("dfa")).is_exhausted(optuna_study(url))
-    study.finish(running, running.rows[0].key, 0.5, "complete", result(0.5))
+    study.finish(running, Finished(running.rows[0].key, 0.5, "complete", result(0.5)))
     assert finish_all(study, owner) == 9
 
     read = optuna_study(url)
@@ -249,7 +252,9 @@ def test_an_extended_grid_runs_only_what_is_new(url: str, study: Study, owner: O
 def test_a_failed_and_a_diverged_cell(url: str, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner, size=2)
     study.fail(claim, claim.rows[0].key, "Traceback: no such rule", "memory")
-    study.finish(claim, claim.rows[1].key, None, "diverged", DIVERGED | {"epoch": 3, "loss": math.nan}, [RECORD])
+    study.finish(
+        claim, Finished(claim.rows[1].key, None, "diverged", DIVERGED | {"epoch": 3, "loss": math.nan}, [RECORD])
+    )
     failed, diverged = study.rows()[:2]
     assert (failed.state, failed.error, failed.cause) == ("failed", "Traceback: no such rule", "memory")
     assert (diverged.state, diverged.value, diverged.result and diverged.result["epoch"]) == ("diverged", None, 3)
@@ -267,7 +272,7 @@ def test_a_released_cohort_goes_on_in_its_trials(url: str, study: Study, owner: 
     claimed(study, owner, size=3)
     assert (study.release(claim), study.release(claim)) == (2, 0)
     with pytest.raises(Fenced):
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
     again = claimed(study, owner, size=1)
     assert again.cohort == claim.cohort
     assert [(row.trial_id, row.attempt) for row in again.rows] == [(row.trial_id, 2) for row in claim.rows]
@@ -284,7 +289,7 @@ def test_finished_cells_are_opened_again(url: str, study: Study, owner: Owner) -
     losses = (0, [1.0] * 3), (0, [0.5] * 5), (1, [0.0] * 5)
     made = [record(*one) for one in losses]
     short, long, other = ({k: v for k, v in one.items() if k not in ("history", "tracked")} for one in made)
-    study.finish(claim, row.key, 1.0, "complete", result(1.0, executions=[short]), [RECORD])
+    study.finish(claim, Finished(row.key, 1.0, "complete", result(1.0, executions=[short]), [RECORD]))
     longer = cells_of([ARCH, RATE], epochs=5)
     renamed = {old.key: new for old, new in zip(cells_of([ARCH, RATE]), longer, strict=True)}
     assert study.plan({"dfa": [ARCH, RATE]}, longer, reopened=renamed) == 0
@@ -293,12 +298,12 @@ def test_finished_cells_are_opened_again(url: str, study: Study, owner: Owner) -
     again = claimed(study, owner)
     assert again.resumed
     assert (again.rows[0].trial_id, again.rows[0].spec["epochs"]) == (row.trial_id, 5)
-    study.finish(again, longer[0].key, 0.5, "complete", result(0.5, executions=[long]))
+    study.finish(again, Finished(longer[0].key, 0.5, "complete", result(0.5, executions=[long])))
 
     assert study.plan({"dfa": [ARCH, RATE]}, longer, executions=2) == 0
     more = claimed(study, owner)
     assert (more.rows[0].key, more.rows[0].done, more.rows[0].trial_id) == (longer[0].key, 1, row.trial_id)
-    study.finish(more, longer[0].key, 0.25, "complete", result(0.25, executions=[long, other]))
+    study.finish(more, Finished(longer[0].key, 0.25, "complete", result(0.25, executions=[long, other])))
     assert [(trial.state, trial.value) for trial in optuna_study(url).trials] == [(TrialState.COMPLETE, 0.25)]
 
 
@@ -325,7 +330,7 @@ def test_a_dead_process_of_this_machine_is_found_at_once(url: str, study: Study,
 
         study = Study.open(sys.argv[1])
         claim = study.claim(Owner(study.locks), lambda row: 3)
-        study.finish(claim, claim.rows[0].key, 0.5, "complete", result(0.5))
+        study.finish(claim, Finished(claim.rows[0].key, 0.5, "complete", result(0.5)))
         os.kill(os.getpid(), signal.SIGKILL)
     """
     assert child(script, url).process.wait(SECONDS) == -signal.SIGKILL
@@ -437,7 +442,7 @@ BUSY_CHILD = """
         while (claim := study.claim(owner, lambda row: 3)) is not None:
             for row in claim.rows:
                 value = row.params["lr"]
-                study.finish(claim, row.key, value, "complete", result(value, owner=owner.token), [RECORD])
+                study.finish(claim, Finished(row.key, value, "complete", result(value, owner=owner.token), [RECORD]))
                 print("done", row.key, flush=True)
         study.retire(owner)
 """
@@ -526,7 +531,7 @@ def test_a_claim_whose_answer_was_lost_is_not_claimed_twice(
     assert [row.attempt for row in claim.rows] == [1, 1]
     assert (study.counts()["running"], len(optuna_study(url).trials)) == (2, 2)
     for row in claim.rows:
-        study.finish(claim, row.key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(row.key, 1.0, "complete", result(1.0)))
     assert finish_all(study, owner) == 4
 
 
@@ -536,9 +541,9 @@ def test_an_outcome_whose_answer_was_lost_is_stored_once(
     claim = claimed(study, owner, size=3)
     keys = [row.key for row in claim.rows]
     failures.lose_the_answer()
-    study.finish(claim, keys[0], 1.0, "complete", result(1.0, by="me"), [RECORD])
+    study.finish(claim, Finished(keys[0], 1.0, "complete", result(1.0, by="me"), [RECORD]))
     failures.lose_the_answer()
-    study.finish(claim, keys[1], None, "diverged", DIVERGED)
+    study.finish(claim, Finished(keys[1], None, "diverged", DIVERGED))
     failures.lose_the_answer()
     study.fail(claim, keys[2], "Traceback")
     assert failures.told == LOST * 3
@@ -548,7 +553,7 @@ def test_an_outcome_whose_answer_was_lost_is_stored_once(
         (TrialState.COMPLETE, 1.0), (TrialState.PRUNED, None), (TrialState.FAIL, None),
     ]  # fmt: skip
     with pytest.raises(Fenced):
-        study.finish(claim, keys[0], 2.0, "complete", result(2.0))
+        study.finish(claim, Finished(keys[0], 2.0, "complete", result(2.0)))
 
 
 def test_the_other_steps_may_be_done_again(study: Study, owner: Owner, failures: Failures) -> None:
@@ -567,18 +572,24 @@ def test_the_other_steps_may_be_done_again(study: Study, owner: Owner, failures:
     assert [(row.state, row.reached) for row in study.rows()] == [("interrupted", 2)] * 3 + [("pending", 0)] * 6
 
 
-@pytest.mark.parametrize("step", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
+@pytest.mark.parametrize(("where", "step"), [(Trials, "begin"), (plan, "keep_histories"), (Trials, "end")])
 def test_a_connection_lost_inside_a_transaction(
-    url: str, study: Study, owner: Owner, failures: Failures, step: str, monkeypatch: pytest.MonkeyPatch
+    url: str,
+    study: Study,
+    owner: Owner,
+    failures: Failures,
+    where: Any,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = getattr(RDBStorage, step)
+    original = getattr(where, step)
 
     def cut(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(RDBStorage, step, original)
+        monkeypatch.setattr(where, step, original)
         query(url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'bpf'")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(RDBStorage, step, cut)
+    monkeypatch.setattr(where, step, cut)
     assert finish_all(study, owner) == 6
     assert len(failures.told) == 1, "and so it paused once, for `patience.FIRST_PAUSE`"
     assert [(row.state, row.attempt) for row in study.rows()] == [("complete", 1)] * 6
@@ -605,7 +616,7 @@ def test_without_patience_and_after_it_the_failure_is_told(
         told: list[str] = []
         study.patience, study.on_wait = 0.3, told.append
         with pytest.raises(RunError) as raised:
-            study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+            study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
         assert str(raised.value) == refused
         assert told
         assert set(told) == {refused}
@@ -613,7 +624,7 @@ def test_without_patience_and_after_it_the_failure_is_told(
         study.patience = SECONDS
         back = threading.Thread(target=postgres_own_server.start)
         study.on_wait = lambda reason: back.ident or back.start()
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
         back.join()
         assert study.counts()["complete"] == 1
 
@@ -635,7 +646,7 @@ ELSEWHERE = """
         print(claim.rows[0].key, flush=True)
         sys.stdin.readline()
         try:
-            study.finish(claim, claim.rows[0].key, 7.0, "complete", result(7.0, by="old"))
+            study.finish(claim, Finished(claim.rows[0].key, 7.0, "complete", result(7.0, by="old")))
             print("stored")
         except Fenced as error:
             print(error)
@@ -682,7 +693,7 @@ def test_a_process_that_stood_still_past_its_lease_is_fenced(
     assert again.endswith(" False"), "and begins anew"
     assert again.removesuffix(" False") in keys[2:]
     assert other.end() == []
-    study.finish(taken, keys[0], 1.0, "complete", result(1.0, by="new"))
+    study.finish(taken, Finished(keys[0], 1.0, "complete", result(1.0, by="new")))
     stored = next(row for row in study.rows() if row.key == keys[0])
     assert (stored.value, stored.result) == (1.0, result(1.0, by="new"))
     assert [trial.value for trial in optuna_study(url).trials if trial.value is not None] == [1.0]
@@ -704,7 +715,7 @@ def test_a_held_lock_on_this_machine_outweighs_a_lease_that_ran_out(url: str, st
         assert [worker["token"] for worker in other.workers()] == [owner.token]
         assert other.repair() == 0
         assert claimed(other, second).rows[0].key != claim.rows[0].key
-    study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+    study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
 
 
 @pytest.fixture
@@ -753,7 +764,7 @@ def test_an_owner_elsewhere_is_alive_as_long_as_its_lease(url: str, study: Study
     assert [worker["machine"] for worker in study.workers()] == [owners.machine()]
     assert study.repair() == 3
     with pytest.raises(Fenced):
-        study.finish(far, far.rows[0].key, 1.0, "complete", result(1.0))
+        study.finish(far, Finished(far.rows[0].key, 1.0, "complete", result(1.0)))
 
 
 def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_others(
@@ -761,24 +772,24 @@ def test_a_process_that_stands_still_inside_a_transaction_does_not_hold_up_the_o
 ) -> None:
     script = """
         import os, signal, sys
-        from optuna.storages import RDBStorage
         from bpf.study import database
         from bpf.study.owner import Owner
         from bpf.study.study import Study
+        from bpf.study.trials import Trials
 
         def stand_still(*arguments, **options):
-            RDBStorage.create_new_trial = original
+            Trials.begin = original
             print("inside", flush=True)
             os.kill(os.getpid(), signal.SIGSTOP)
             return original(*arguments, **options)
 
         database.IDLE_SECONDS = 3
-        original, RDBStorage.create_new_trial = RDBStorage.create_new_trial, stand_still
+        original, Trials.begin = Trials.begin, stand_still
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             study.patience, study.on_wait = 600.0, lambda reason: print(reason, flush=True)
             claim = study.claim(owner, lambda row: 1)
             print(claim.rows[0].key)
-            study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+            study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
     """
     other = child(script, url)
     assert other.hear() == "inside"
@@ -958,7 +969,7 @@ def test_a_worker_that_is_fenced_while_it_trains_goes_on_with_the_next_claim(
                 patch.setattr(owners, "dead", lambda *arguments: {worker.holder.token})
                 claim = claimed(other, second)
                 for row in claim.rows:
-                    other.finish(claim, row.key, 0.5, "complete", result(0.5), [RECORD])
+                    other.finish(claim, Finished(row.key, 0.5, "complete", result(0.5), [RECORD]))
                     taken.append(row.key)
             assert lost.wait(SECONDS)
 
@@ -1074,7 +1085,7 @@ def test_a_database_says_nothing_of_its_password(url: str, account: tuple[str, s
         claim = claimed(study, owner)
         query(url, "DROP TABLE bpf_histories")
         with pytest.raises(RunError) as raised:
-            study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0), [RECORD])
+            study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0), [RECORD]))
         gone = 'relation "bpf_histories" does not exist'
         assert str(raised.value) == f"The study database {place.public} failed: {gone}."
         assert SECRET not in "".join(traceback.format_exception(raised.value))

@@ -28,6 +28,7 @@ from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
 from bpf.spec.rows import Published
 from bpf.spec.run import RunSpec
+from bpf.study.cells import Finished
 from bpf.study.owner import Owner
 from bpf.study.ranking import Spread
 from bpf.workers.claims import outcome
@@ -285,7 +286,7 @@ def _finished(directory: Path, invent: Any) -> Any:
                 records = [invent(row, number) for number in range(2)]
                 kept = [{k: v for k, v in one.items() if k not in ("history", "tracked")} for one in records]
                 state, value, result = outcome(kept)
-                study.finish(claim, row.key, value, state, result, records)
+                study.finish(claim, Finished(row.key, value, state, result, records))
     return experiment
 
 

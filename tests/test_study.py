@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ import bpf.study.trials
 from bpf.errors import BpfError, Damaged, RunError, UsageError
 from bpf.spec.run import digest
 from bpf.study import database, schema
-from bpf.study.cells import Axis, Cell, Claim, Row
+from bpf.study.cells import Axis, Cell, Claim, Finished, Row
 from bpf.study.owner import Owner
+from bpf.study.seam import Fenced
 from bpf.study.study import Study
-from invented import DIVERGED, IN_SCRIPTS, result
+from bpf.study.trials import Ending, Trials, search_space
+from invented import DIVERGED, IN_SCRIPTS, RECORD, result
 
 ROOT = Path(__file__).parents[1]
 
 ARCH = Axis("arch", ["100", "500-500"])
 RATE = Axis("lr", [0.1, 0.01, 0.001], low=1e-10, high=1e3, log=True)
+STATES = {"complete": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 BATCH = Axis("batch_size", [32, 64], low=1, high=65536)
 
 
@@ -72,9 +75,9 @@ def finish_all(study: Study, owner: Owner, value: float = 1.0) -> int:
     """Complete whatever there is to claim; returns how many cells that were."""
     count = 0
     while (claim := study.claim(owner, lambda row: 2)) is not None:
-        for row in claim.rows:
-            study.finish(claim, row.key, value + row.ordinal, "complete", result(value + row.ordinal))
-            count += 1
+        values = {row.key: value + row.ordinal for row in claim.rows}
+        study.finish(claim, *(Finished(key, value, "complete", result(value)) for key, value in values.items()))
+        count += len(values)
     return count
 
 
@@ -102,7 +105,7 @@ KILLED_WHILE_TRAINING = """
     study = Study.open(sys.argv[1])
     claim = study.claim(Owner(study.locks), lambda row: int(sys.argv[2]))
     for row in claim.rows[:int(sys.argv[3])]:
-        study.finish(claim, row.key, 0.5, "complete", result(0.5))
+        study.finish(claim, Finished(row.key, 0.5, "complete", result(0.5)))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -133,7 +136,7 @@ def test_optuna_reads_the_grid_as_its_own(path: Path, study: Study, owner: Owner
     for done in range(6):
         assert not sampler.is_exhausted(optuna_study(path)), f"exhausted after {done} of 6"
         claim = claimed(study, owner)
-        study.finish(claim, claim.rows[0].key, float(done), "complete", result(float(done), loss=[done]))
+        study.finish(claim, Finished(claim.rows[0].key, float(done), "complete", result(float(done), loss=[done])))
     assert study.claim(owner, lambda row: 1) is None
 
     read = optuna_study(path)
@@ -196,20 +199,75 @@ def test_each_rule_is_an_optuna_study(path: Path, study: Study, owner: Owner) ->
 
 def test_a_trial_is_made_as_optuna_makes_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def told(raw: sqlite3.Connection, table: str) -> list[tuple[object, ...]]:
-        rows = raw.execute(f"SELECT * FROM {table} ORDER BY trial_id, 1").fetchall()
+        order = "study_id" if table.startswith("stud") else "trial_id"
+        rows = raw.execute(f"SELECT * FROM {table} ORDER BY {order}, 1").fetchall()
         return [tuple(value for value in row if not _is_moment(value)) for row in rows]
 
     def _is_moment(value: object) -> bool:
         return isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d ", value) is not None
 
-    tables = ("trials", "trial_params", "trial_user_attributes", "trial_system_attributes", "trial_values")
+    @contextmanager
+    def within(connection: sa.Connection) -> Iterator[optuna.storages.RDBStorage]:
+        own = storage(place)
+        own.remove_session()  # as its making has one
+        own.scoped_session.configure(bind=connection, join_transaction_mode="create_savepoint")
+        yield own
+        own.remove_session()
+
+    def new_study(trials: Trials, connection: sa.Connection, name: str) -> int:
+        with within(connection) as own:
+            return own.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
+
+    def begin(
+        trials: Trials, connection: sa.Connection, rows: list[Row], study_id: int, axes: list[Axis]
+    ) -> dict[str, tuple[int, int]]:
+        found = {}
+        ids = bpf.study.trials._grid_ids(search_space(axes))
+        with within(connection) as own:
+            for row in rows:
+                trial = optuna.create_trial(
+                    state=TrialState.RUNNING,
+                    params=row.params,
+                    distributions={axis.name: bpf.study.trials._distribution(axis) for axis in axes},
+                    user_attrs={"name": row.name, "cell": row.key, "attempt": row.attempt},
+                    system_attrs={
+                        "search_space": search_space(axes),
+                        "grid_id": ids[tuple(row.params[name] for name in sorted(row.params))],
+                    },
+                )
+                made = own.create_new_trial(study_id, trial)
+                found[row.key] = (made, own.get_trial(made).number)
+        return found
+
+    def end(trials: Trials, connection: sa.Connection, endings: list[Ending]) -> None:
+        with within(connection) as own:
+            for ending in endings:
+                for name, value in ending.attributes.items():
+                    own.set_trial_user_attr(ending.trial_id, name, value)
+                values = None if ending.value is None else [ending.value]
+                own.set_trial_state_values(ending.trial_id, STATES[ending.state], values)
+
+    tables = (
+        "studies",
+        "study_directions",
+        "trials",
+        "trial_params",
+        "trial_user_attributes",
+        "trial_system_attributes",
+        "trial_values",
+    )
     found = []
     for way in ("ours", "Optuna's"):
         if way != "ours":
-            monkeypatch.delattr(bpf.study.trials._Storage, "_get_prepared_new_trial")
+            monkeypatch.setattr(Trials, "new_study", new_study)
+            monkeypatch.setattr(Trials, "begin", begin)
+            monkeypatch.setattr(Trials, "end", end)
         place = path.with_name(f"{way}.db")
         with planned(place, [ARCH, RATE, BATCH]) as study, Owner(study.locks) as owner:
             study.plan({"bp": [RATE]}, cells_of([RATE], "bp"))
+            claim = claimed(study, owner, size=2)
+            study.finish(claim, Finished(claim.rows[0].key, None, "diverged", DIVERGED))
+            study.fail(claim, claim.rows[1].key, "Traceback", "memory")
             finish_all(study, owner)
         with closing(sqlite3.connect(place)) as raw:
             raw.execute("UPDATE trial_user_attributes SET value_json = 'any' WHERE key = 'name'")
@@ -252,7 +310,7 @@ def test_nothing_is_logged(path: Path) -> None:
         with Study.create(sys.argv[1], "mine", {}) as study, Owner(study.locks) as owner:
             study.plan({"bp": []}, [Cell("key", "bp", "any", {}, {"epochs": 1})])
             claim = study.claim(owner, lambda row: 1)
-            study.finish(claim, "key", 1.0, "complete", {})
+            study.finish(claim, Finished("key", 1.0, "complete", {}))
         assert optuna.logging.get_verbosity() == optuna.logging.INFO, "a notebook's own setting"
     """
     child = run_child(script, path)
@@ -301,9 +359,9 @@ def test_names_are_friendly_and_unique(study: Study) -> None:
 )
 def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner: Owner, wider: list[Axis]) -> None:
     first = claimed(study, owner)
-    study.finish(first, first.rows[0].key, 0.25, "complete", result(0.25))
+    study.finish(first, Finished(first.rows[0].key, 0.25, "complete", result(0.25)))
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, None, "diverged", DIVERGED)
+    study.finish(claim, Finished(claim.rows[0].key, None, "diverged", DIVERGED))
     study.fail(claim, claim.rows[1].key, "Traceback")
     study.retry_failed()
     running = claimed(study, owner)
@@ -312,7 +370,7 @@ def test_an_extended_grid_runs_only_what_is_new(path: Path, study: Study, owner:
     size = math.prod(len(axis.values) for axis in wider)
     assert study.plan({"dfa": wider}, cells_of(wider)) == size - 6
     assert GridSampler(study.search_space("dfa")).is_exhausted(optuna_study(path)) is False
-    study.finish(running, running.rows[0].key, 0.5, "complete", result(0.5))
+    study.finish(running, Finished(running.rows[0].key, 0.5, "complete", result(0.5)))
     assert finish_all(study, owner) == size - 3
 
     read = optuna_study(path)
@@ -432,13 +490,14 @@ def test_four_processes_claim_each_cell_once(path: Path) -> None:
     planned(path, [rates]).close()
     script = """
         import sys
+        from bpf.study.cells import Finished
         from bpf.study.owner import Owner
         from bpf.study.study import Study
 
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", {"owner": owner.token})
+                    study.finish(claim, Finished(row.key, row.params["lr"], "complete", {"owner": owner.token}))
                     print(row.key)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
@@ -473,23 +532,23 @@ def test_threads_may_share_a_study(study: Study) -> None:
 
 
 def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: Study, owner: Owner) -> None:
-    statements: list[tuple[str, object]] = []
+    statements: list[tuple[str, Any]] = []
 
-    def note(connection: object, cursor: object, statement: str, parameters: object, *rest: object) -> None:
-        if statement.startswith(("SELECT", "UPDATE")):
-            statements.append((statement, parameters))
+    def note(_: object, cursor: object, statement: str, parameters: Any, context: object, many: bool) -> None:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE")):
+            statements.append((statement, parameters[0] if many else parameters))
 
     sa.event.listen(sa.Engine, "before_cursor_execute", note)
     try:
         claim = claimed(study, owner, size=2)
         study.release(claim)
         claim = claimed(study, owner, size=2)
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
         study.fail(claim, claim.rows[1].key, "Traceback")
         study.repair()
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
-    assert len(statements) > 20
+    assert len(statements) > 15
     with closing(sqlite3.connect(path)) as raw:
         for statement, parameters in statements:
             for *_, step in raw.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall():
@@ -503,8 +562,8 @@ def test_claiming_and_finishing_use_an_index_for_everything(path: Path, study: S
 
 def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner, size=2)
-    study.finish(claim, claim.rows[0].key, -5.0, "diverged", DIVERGED | {"epoch": 3, "loss": math.nan})
-    study.finish(claim, claim.rows[1].key, 2.0, "complete", result(2.0))
+    study.finish(claim, Finished(claim.rows[0].key, None, "diverged", DIVERGED | {"epoch": 3, "loss": math.nan}))
+    study.finish(claim, Finished(claim.rows[1].key, 2.0, "complete", result(2.0)))
     assert study.retry_failed() == 0
     row = study.rows(state="diverged")[0]
     assert row.value is None
@@ -519,13 +578,13 @@ def test_a_diverged_cell_is_never_best_and_never_retried(path: Path, study: Stud
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_complete_needs_a_finite_value(study: Study, owner: Owner, value: float | None) -> None:
-    claim = claimed(study, owner)
+def test_complete_needs_a_finite_value(value: float | None) -> None:
     with pytest.raises(ValueError, match=r"A complete cell has a finite value, not .*; did it diverge"):
-        study.finish(claim, claim.rows[0].key, value, "complete", result(value))
+        Finished("key", value, "complete", {})
     with pytest.raises(ValueError, match="A cell finishes as 'complete' or 'diverged', not as 'done'"):
-        study.finish(claim, claim.rows[0].key, 1.0, "done", {})
-    assert study.counts()["running"] == 1
+        Finished("key", 1.0, "done", {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="A diverged cell has no value"):
+        Finished("key", -5.0, "diverged", {})
 
 
 def test_a_failed_cell_is_tried_again_in_a_new_trial(path: Path, study: Study, owner: Owner) -> None:
@@ -542,7 +601,7 @@ def test_a_failed_cell_is_tried_again_in_a_new_trial(path: Path, study: Study, o
     row = again.rows[0]
     assert (row.key, row.trial_number, row.attempt, row.error) == (failed.key, 2, 1, None)
     assert row.name != failed.name
-    study.finish(again, row.key, 0.0, "complete", result(0.0))
+    study.finish(again, Finished(row.key, 0.0, "complete", result(0.0)))
     assert optuna_study(path).best_trial.number == 2
 
 
@@ -553,9 +612,9 @@ def lost(row: Row) -> str:
 def test_a_cell_is_finished_once(path: Path, study: Study, owner: Owner) -> None:
     claim = claimed(study, owner)
     row = claim.rows[0]
-    study.finish(claim, row.key, 1.0, "complete", result(1.0))
+    study.finish(claim, Finished(row.key, 1.0, "complete", result(1.0)))
     with pytest.raises(RunError) as raised:
-        study.finish(claim, row.key, 2.0, "complete", result(2.0))
+        study.finish(claim, Finished(row.key, 2.0, "complete", result(2.0)))
     assert str(raised.value) == lost(row)
     with pytest.raises(RunError) as raised:
         study.fail(claim, row.key, "Traceback")
@@ -563,12 +622,29 @@ def test_a_cell_is_finished_once(path: Path, study: Study, owner: Owner) -> None
     assert [trial.value for trial in optuna_study(path).trials] == [1.0]
 
 
+def test_cells_of_a_claim_are_finished_together_or_not_at_all(path: Path, study: Study, owner: Owner) -> None:
+    claim = claimed(study, owner, size=3)
+    values = {row.key: 1.0 + row.ordinal for row in claim.rows}
+    outcomes = [Finished(key, value, "complete", result(value), [RECORD]) for key, value in values.items()]
+    study.finish(claim, outcomes[1])
+    with pytest.raises(Fenced) as raised:
+        study.finish(claim, *outcomes)
+    assert str(raised.value) == lost(claim.rows[1])
+    assert [row.state for row in study.rows()[:3]] == ["running", "complete", "running"]
+    assert [trial.state for trial in optuna_study(path).trials].count(TrialState.COMPLETE) == 1
+    assert study.history(outcomes[0].key) is None
+    study.finish(claim, outcomes[0], outcomes[2])
+    assert [row.value for row in study.rows(state="complete")] == [1.0, 2.0, 3.0]
+    assert [trial.value for trial in optuna_study(path).trials] == [1.0, 2.0, 3.0]
+    assert all(study.history(one.key) == [RECORD] for one in outcomes)
+
+
 def test_a_released_cell_cannot_be_finished(study: Study, owner: Owner) -> None:
     claim = claimed(study, owner)
     assert study.release(claim) == 1
     assert study.release(claim) == 0
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 2.0, "complete", result(2.0))
+        study.finish(claim, Finished(claim.rows[0].key, 2.0, "complete", result(2.0)))
     assert str(raised.value) == lost(claim.rows[0])
     assert study.counts()["interrupted"] == 1
 
@@ -581,11 +657,11 @@ def test_the_value_of_the_new_owner_stays(path: Path, study: Study, owner: Owner
     row = claim.rows[0]
     assert row.key == stale.rows[0].key
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 7.0, "complete", result(7.0, by="old"))
+        study.finish(stale, Finished(row.key, 7.0, "complete", result(7.0, by="old")))
     assert str(raised.value) == lost(row)
-    study.finish(claim, row.key, 1.0, "complete", result(1.0, by="new"))
+    study.finish(claim, Finished(row.key, 1.0, "complete", result(1.0, by="new")))
     with pytest.raises(RunError) as raised:
-        study.finish(stale, row.key, 8.0, "complete", result(8.0, by="old"))
+        study.finish(stale, Finished(row.key, 8.0, "complete", result(8.0, by="old")))
     assert str(raised.value) == lost(row)
     assert study.rows(state="complete")[0].value == 1.0
     assert [(trial.value, trial.user_attrs["result"]) for trial in optuna_study(path).trials] == [
@@ -611,7 +687,7 @@ def test_a_killed_process_leaves_its_cohort_to_the_next_at_once(path: Path, stud
         (row.key, row.trial_id, row.trial_number, row.name, 2) for row in left
     ]
     for row in claim.rows:
-        study.finish(claim, row.key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(row.key, 1.0, "complete", result(1.0)))
     after = optuna_study(path).trials
     assert [trial.user_attrs["attempt"] for trial in after] == [1, 2, 2]
     assert [(trial.number, trial.datetime_start, trial.params) for trial in after] == [
@@ -642,9 +718,10 @@ def test_a_dissolved_cohort_goes_on_in_smaller_ones(path: Path, study: Study, ow
 
 KILLED_INSIDE = """
     import os, signal, sys
-    from optuna.storages import RDBStorage
+    from bpf.study import plan
     from bpf.study.owner import Owner
     from bpf.study.study import Study
+    from bpf.study.trials import Trials
 
     def killed(*arguments, **options):
         if sys.argv[3] == "after":
@@ -652,23 +729,24 @@ KILLED_INSIDE = """
         os.kill(os.getpid(), signal.SIGKILL)
 
     study = Study.open(sys.argv[1])
-    original = getattr(RDBStorage, sys.argv[2])
-    setattr(RDBStorage, sys.argv[2], killed)
+    owner = plan if hasattr(plan, sys.argv[2]) else Trials
+    original = getattr(owner, sys.argv[2])
+    setattr(owner, sys.argv[2], killed)
     claim = study.claim(Owner(study.locks), lambda row: 1)
-    study.finish(claim, claim.rows[0].key, 0.5, "complete", result(0.5, loss=0.5))
+    study.finish(claim, Finished(claim.rows[0].key, 0.5, "complete", result(0.5, loss=0.5), [RECORD]))
 """
 
 
 @pytest.mark.parametrize(
     ("step", "moment"),
     [
-        ("create_new_trial", "after"),  # in a claim
-        ("set_trial_state_values", "after"),  # in what stores an outcome
+        ("begin", "after"),  # in a claim
+        ("end", "after"),  # in what stores an outcome
         *(
             pytest.param(*other, marks=pytest.mark.slow)
             for other in (
-                *(("create_new_trial", "before"), ("set_trial_state_values", "before")),
-                *(("set_trial_user_attr", "before"), ("set_trial_user_attr", "after")),
+                *(("begin", "before"), ("end", "before")),
+                *(("keep_histories", "before"), ("keep_histories", "after")),
             )
         ),
     ],
@@ -677,7 +755,7 @@ def test_a_kill_between_our_write_and_optunas_leaves_neither(
     path: Path, study: Study, owner: Owner, step: str, moment: str
 ) -> None:
     assert run_child(KILLED_INSIDE, path, step, moment).returncode == -signal.SIGKILL
-    began = step != "create_new_trial"
+    began = step != "begin"
     assert study.repair() == began
     assert study.counts()["complete"] == 0
     assert [trial.state for trial in optuna_study(path).trials] == [TrialState.RUNNING] * began
@@ -913,7 +991,7 @@ def test_a_trial_that_another_program_ended_is_reported(
     claim = claimed(study, owner)
     meddle(path, optuna_study(path).trials[0])
     with pytest.raises(RunError) as raised:
-        study.finish(claim, claim.rows[0].key, 1.0, "complete", result(1.0))
+        study.finish(claim, Finished(claim.rows[0].key, 1.0, "complete", result(1.0)))
     assert str(raised.value) == (
         f"Another program has deleted or ended the Optuna trial with the id {claim.rows[0].trial_id}, "
         "which bpf was running; the outcome of its cell was not stored."

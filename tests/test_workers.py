@@ -246,7 +246,8 @@ def test_eight_processes_train_300_cells_in_one_file_once(tmp_path: Path) -> Non
         with Study.open(sys.argv[1]) as study, Owner(study.locks) as owner:
             while (claim := study.claim(owner, lambda row: 3)) is not None:
                 for row in claim.rows:
-                    study.finish(claim, row.key, row.params["lr"], "complete", result(row.params["lr"]), [RECORD])
+                    value = row.params["lr"]
+                    study.finish(claim, Finished(row.key, value, "complete", result(value), [RECORD]))
                     print(row.key)
     """
     program = IN_SCRIPTS + textwrap.dedent(script)

@@ -87,10 +87,10 @@ def tune(
     """
     grid = build(GridSpec, merge(_read_spec(spec), given), "field" if spec else "option")
     effort = effort_of(workers, None, checkpoint_every, max_hours, on, workers_per_gpu)
-    place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
-    effort.check_storage(place.storage)
     if not (dry_run or plan_only):
         warm_up(effort, grid.device)
+    place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
+    effort.check_storage(place.storage)
     from bpf import api
     from bpf.console import tables
     from bpf.experiment import handover

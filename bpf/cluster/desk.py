@@ -20,7 +20,7 @@ from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, REPORTS_A_SECOND, Unsiz
 from bpf.errors import BpfError, DiskFull
 from bpf.files import explaining
 from bpf.reading import Name, Word
-from bpf.study.cells import Cause, Claim, Row
+from bpf.study.cells import Cause, Claim, Finished, Row
 from bpf.study.holder import Progress
 from bpf.study.owner import LEASE_SECONDS, Owner
 from bpf.study.seam import Fenced
@@ -31,6 +31,7 @@ from bpf.workers.files import Folder
 
 _KINDS = (events.Began, events.Trained, events.Saved, events.Ended, events.GivenUp, events.Trouble)
 _EVENTS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in _KINDS}
+_FINISHED: TypeAdapter[list[Finished]] = TypeAdapter(list[Finished])
 KINDS_AHEAD = 64
 """A worker is asked about so many kinds of cells at once."""
 Count = Annotated[int, Field(ge=0)]
@@ -160,10 +161,9 @@ class Desk:
         return self._study.release(self._claim(token), max_runs=max_runs, cause=cause)
 
     @validate_call
-    def do_finish(
-        self, token: Word, key: Word, value: float | None, state: str, result: dict[str, Any], payload: bytes = b"null"
-    ) -> None:
-        self._study.finish(self._claim(token, key), key, value, state, result, json.loads(payload))
+    def do_finish(self, token: Word, payload: bytes) -> None:
+        finished = _FINISHED.validate_python(json.loads(payload))
+        self._study.finish(self._claim(token, *(one.key for one in finished)), *finished)
 
     @validate_call
     def do_fail(self, token: Word, key: Word, error: str, cause: Cause) -> None:
@@ -306,9 +306,9 @@ class Desk:
         if self._hosts and (guest is None or guest.claim is None or guest.claim.cohort != cohort):
             raise Fenced("This worker was taken for dead; its checkpoint is for others now.")
 
-    def _claim(self, token: str, key: str | None = None) -> Claim:
-        """What the worker has claimed, with the cell of `key` in it."""
+    def _claim(self, token: str, *keys: str) -> Claim:
+        """What the worker has claimed, with the cells of these keys in it."""
         claim = self._guest(token).claim
-        if claim is None or key not in (None, *(row.key for row in claim.rows)):
-            raise Fenced(f"The cell {key} is no longer owned by this worker; its outcome was not stored.")
+        if claim is None or not {row.key for row in claim.rows}.issuperset(keys):
+            raise Fenced("A cell is no longer owned by this worker; its outcome was not stored.")
         return claim

@@ -13,8 +13,9 @@ from typing import Any
 from bpf.cluster import post as posted
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk, Guest
-from bpf.cluster.engine import Engine, Gone, Node, kinds, said
+from bpf.cluster.engine import Engine, Gone, said
 from bpf.cluster.logs import NodeLogs
+from bpf.cluster.nodes import Node, kinds
 from bpf.cluster.orders import order
 from bpf.data.cache import Data
 from bpf.errors import BpfError, RunError, UsageError

@@ -1,4 +1,4 @@
-"""Ray: how a cluster is made or joined, what nodes it has, and how many workers they take."""
+"""Ray: how a cluster is made or joined, which nodes it has, and how it is asked for workers."""
 
 import atexit
 import logging
@@ -7,18 +7,17 @@ import re
 import socket
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bpf.cluster import post
+from bpf.cluster.nodes import Node, kinds
 from bpf.errors import BpfError, RunError, UsageError
 from bpf.extras import need
 from bpf.machine import cores
 from bpf.spec.values import AUTO, LOCAL
-from bpf.words import counted
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
@@ -41,28 +40,6 @@ class Gone(RunError):
         super().__init__(
             "The Ray cluster cannot be reached any more. What its workers have not stored is trained again."
         )
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of the cluster, with so many processor cores and GPUs for Ray to give; `leaving` when it is drained."""
-
-    id: str
-    address: str
-    cpus: int
-    gpus: int
-    port: int = 0
-    leaving: bool = False
-
-    @property
-    def kind(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
-    def seats(self, kind: str, per_gpu: int) -> int:
-        """How many workers it takes."""
-        if kind == "cpu":
-            return self.cpus
-        return self.gpus * per_gpu
 
 
 def module() -> Any:
@@ -204,7 +181,8 @@ class Engine:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             if self.on == LOCAL:
                 cpus = max(cores(), self.workers or 0)
-                found = self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                with _fewer_processes(self.ray):
+                    found = self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
                 if self._address != AUTO:  # Ray would try for minutes, and not say what the matter is
                     _connect(self._address.removeprefix("ray://"))
@@ -299,32 +277,24 @@ def connected(on: str, workers: int | None, device: str, per_gpu: int) -> Iterat
         end()
 
 
-def kinds(device: str, nodes: list[Node]) -> list[str]:
-    """The kinds of workers, cpu and cuda, that `device` (as in a spec) asks for on these nodes.
+@contextmanager
+def _fewer_processes(ray: Any) -> Iterator[None]:
+    """Let Ray start neither what shows logs here nor what adds machines: they take a second of its start.
 
-    Raises UsageError for devices that Ray does not place by number, for those that no node has, and for `auto` where
-    some nodes have GPUs and others do not: the bits of both differ, so somebody has to want it.
+    Not public, so it may be missing: then they run, and do nothing.
     """
-    useful = Counter(node.kind for node in nodes if node.cpus or node.gpus)
-    found = f"{counted(useful['cuda'], 'node')} with GPUs and {counted(useful['cpu'], 'node')} without"
-    if device == "auto":
-        if len(useful) > 1:
-            raise UsageError(
-                f"The cluster has {found}, and numbers from GPUs and CPUs differ in their last bits. Choose with "
-                "--device cuda, --device cpu, or --device cuda,cpu for both."
-            )
-        if not useful:
-            raise UsageError(
-                "The cluster has no node for workers yet. Say what to ask for: --device cuda or --device cpu, and "
-                "--workers N."
-            )
-        return list(useful)
-    asked = list(dict.fromkeys(device.split(",")))
-    if not {"cpu", "cuda"}.issuperset(asked):
-        raise UsageError(f"--device {device}: on a cluster Ray places the workers. Give auto, cpu, cuda, or cuda,cpu.")
-    if "cuda" in asked and useful and not useful["cuda"]:
-        raise UsageError(f"--device {device}: the cluster has {found}. Use --device cpu.")
-    return asked
+    try:
+        parameter = ray._private.parameter
+        usual = parameter.RayParams
+        usual(include_log_monitor=False, no_monitor=True)
+    except (AttributeError, TypeError):
+        yield
+        return
+    parameter.RayParams = partial(usual, include_log_monitor=False, no_monitor=True)
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual
 
 
 def _connect(address: str) -> None:

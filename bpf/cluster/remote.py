@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, Unsized, kind_of
 from bpf.errors import BpfError, DiskFull, RunError
 from bpf.files import write_atomically
-from bpf.study.cells import Claim, Row
+from bpf.study.cells import Claim, Finished, Row
 from bpf.study.holder import Holder, Progress
 from bpf.study.seam import PATIENCE_SECONDS, Fenced, patiently
 from bpf.workers.events import Event, Trained
@@ -146,11 +146,8 @@ class RemoteStudy:
         released: int = self._line.ask("release", token=claim.token, max_runs=max_runs, cause=cause)
         return released
 
-    def finish(
-        self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any], history: Any = None
-    ) -> None:
-        told = {"token": claim.token, "key": key, "value": value, "state": state, "result": result}
-        self._line.ask("finish", json.dumps(history).encode(), **told)
+    def finish(self, claim: Claim, *finished: Finished) -> None:
+        self._line.ask("finish", json.dumps([asdict(one) for one in finished]).encode(), token=claim.token)
 
     def fail(self, claim: Claim, key: str, error: str, cause: str = "exception") -> None:
         self._line.ask("fail", token=claim.token, key=key, error=error, cause=cause)

@@ -1,5 +1,6 @@
 """What a study is made of: cells and how they stand, claims of them, and the parameters that they are points of."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -98,6 +99,33 @@ class Claim:
     def resumed(self) -> bool:
         """Whether the cohort was begun before, so that there may be a checkpoint of it."""
         return any(row.attempt > 1 for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came out of the cell `key`: `complete` with a value, or `diverged`, a result without one.
+
+    A diverged cell is never the best and never tried again. `history` has one record per execution, or is None.
+    """
+
+    key: Word
+    value: float | None
+    state: Literal["complete", "diverged"]
+    result: dict[str, Any]
+    history: Any = None
+
+    def __post_init__(self) -> None:
+        if self.state not in ("complete", "diverged"):
+            raise ValueError(f"A cell finishes as 'complete' or 'diverged', not as {self.state!r}.")
+        if self.state == "complete" and (self.value is None or not math.isfinite(self.value)):
+            raise ValueError(f"A complete cell has a finite value, not {self.value}; did it diverge?")
+        if self.state == "diverged" and self.value is not None:
+            raise ValueError(f"A diverged cell has no value, but is told {self.value}.")
+
+    @property
+    def seconds(self) -> float | None:
+        """How long its executions took, if its result says so."""
+        return self.result.get("seconds")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Growth:
         after = [axis.extended(added[axis.name]) for axis in before]
         where = {"experiment": self.experiment, "rule": rule}
         if study_id is None:
-            study_id = self.trials.new_study(study_name(self.experiment, rule))
+            study_id = self.trials.new_study(self.connection, study_name(self.experiment, rule))
             record = {**where, "study_id": study_id, "axes": [asdict(axis) for axis in after]}
             self.connection.execute(sa.insert(schema.rules).values(record))
         elif after != before:

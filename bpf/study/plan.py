@@ -183,10 +183,26 @@ def finished(connection: sa.Connection, experiment: str, keys: Sequence[str]) ->
     return set(connection.scalars(sa.select(cells.c.key).where(*mine)))
 
 
-def keep_history(connection: sa.Connection, experiment: str, key: str, records: Any) -> None:
-    where = (histories.c.experiment == experiment, histories.c.key == key)
-    connection.execute(sa.delete(histories).where(*where))
-    connection.execute(sa.insert(histories).values(experiment=experiment, key=key, records=records))
+def states(connection: sa.Connection, experiment: str, token: str, keys: Sequence[str]) -> dict[str, str]:
+    """The states of those of the cells that an owner has or had last, by their keys."""
+    mine = (cells.c.experiment == experiment, cells.c.key.in_(keys), cells.c.owner == token)
+    return {found.key: found.state for found in connection.execute(sa.select(cells.c.key, cells.c.state).where(*mine))}
+
+
+def change(connection: sa.Connection, experiment: str, changes: Sequence[Mapping[str, Any]]) -> None:
+    """Set columns of cells, each of which is named by the `key` among its values."""
+    where = (cells.c.experiment == experiment, cells.c.key == sa.bindparam("at"))
+    records = [{"at" if name == "key" else name: value for name, value in one.items()} for one in changes]
+    connection.execute(sa.update(cells).where(*where), records)
+
+
+def keep_histories(connection: sa.Connection, experiment: str, records: Mapping[str, Any]) -> None:
+    """Keep the histories of cells, by their keys, in place of earlier ones."""
+    if records:
+        where = (histories.c.experiment == experiment, histories.c.key.in_(list(records)))
+        connection.execute(sa.delete(histories).where(*where))
+        new = [{"experiment": experiment, "key": key, "records": kept} for key, kept in records.items()]
+        connection.execute(sa.insert(histories), new)
 
 
 def rename_history(connection: sa.Connection, experiment: str, old: str, new: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from bpf.errors import RunError
-from bpf.study.cells import Claim, Row
+from bpf.study.cells import Claim, Finished, Row
 from bpf.study.holder import Holder, Progress
 
 PATIENCE_SECONDS = 600.0
@@ -62,9 +62,7 @@ class WorkerStudy(Protocol[H]):
 
     def release(self, claim: Claim, *, max_runs: int | None = None, cause: str | None = None) -> int: ...
 
-    def finish(
-        self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any], history: Any = None
-    ) -> None: ...
+    def finish(self, claim: Claim, *finished: Finished) -> None: ...
 
     def fail(self, claim: Claim, key: str, error: str, cause: str = "exception") -> None: ...
 

@@ -9,7 +9,6 @@ moment leaves either both or neither. A failure that time mends is waited out, a
 """
 
 import json
-import math
 import sqlite3
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import sqlalchemy as sa
 
@@ -25,23 +24,23 @@ from bpf.errors import BpfError, RunError
 from bpf.files import explaining
 from bpf.study import owner as owners
 from bpf.study import plan, schema
-from bpf.study.cells import Axis, Cell, Claim, Row
+from bpf.study.cells import Axis, Cell, Claim, Finished, Row
 from bpf.study.database import Database, LostConnection
 from bpf.study.growth import Growth
 from bpf.study.holder import Holder, Progress
 from bpf.study.owner import Owner
 from bpf.study.patience import explained, failing, patient
 from bpf.study.seam import Fenced
-from bpf.study.trials import Trials, check_optuna
+from bpf.study.trials import Ending, Trials, check_optuna, make_tables
 from bpf.study.view import StudyView, locks_of, read_settings
 
 
 class Study(StudyView):
     """One experiment's cells, to be planned and trained. Each process opens its own."""
 
-    def __init__(self, database: Database, experiment: str, settings: dict[str, Any], trials: Trials) -> None:
+    def __init__(self, database: Database, experiment: str, settings: dict[str, Any]) -> None:
         super().__init__(database, experiment, settings, database.connect())
-        self._optuna = trials
+        self._optuna = Trials()
 
     @classmethod
     def create(cls, where: str | Path | Database, experiment: str, settings: dict[str, Any]) -> Self:
@@ -54,8 +53,8 @@ class Study(StudyView):
         with explained(database):
             database.prepare()
             with database.alone(locks_of(database)):
-                trials = Trials(database, create=True)
-                study = cls(database, experiment, settings, trials)
+                make_tables(database)
+                study = cls(database, experiment, settings)
         try:
             with study._transaction() as connection:
                 database.take_turn(connection, "")  # whoever makes another experiment makes the same tables
@@ -73,7 +72,7 @@ class Study(StudyView):
         check_optuna()
         name, settings = read_settings(database, experiment, reading=False)
         with explained(database):
-            return cls(database, name, settings, Trials(database))
+            return cls(database, name, settings)
 
     @patient
     def plan(
@@ -125,10 +124,7 @@ class Study(StudyView):
             if not rows:
                 return None
             cohort = rows[0].cohort or plan.cohort_id(rows)
-            stored = plan.axes(connection, self.experiment)
-            begun = [
-                self._begin(connection, replace(row, cohort=cohort), owner.token, *stored[row.rule]) for row in rows
-            ]
+            begun = self._begin(connection, [replace(row, cohort=cohort) for row in rows], owner.token)
         return Claim(owner.token, cohort, begun)
 
     @patient
@@ -156,34 +152,32 @@ class Study(StudyView):
             return plan.update(connection, self.experiment, left, owner=None, **change)
 
     @patient
-    def finish(
-        self, claim: Claim, key: str, value: float | None, state: str, result: dict[str, Any], history: Any = None
-    ) -> None:
-        """Store the outcome of a cell, `complete` or `diverged`, with its history, and end its trial.
+    def finish(self, claim: Claim, *finished: Finished) -> None:
+        """Store what came out of cells of a claim with their histories, and end their trials: of all of them, or none.
 
-        A diverged cell is a result without a value: never the best, never tried again. Raises `Fenced` if
-        the cell is no longer the claim's, and stores nothing then.
+        Raises `Fenced` if any is no longer the claim's, and stores nothing then.
         """
-        if state not in ("complete", "diverged"):
-            raise ValueError(f"A cell finishes as 'complete' or 'diverged', not as {state!r}.")
-        if state == "complete" and (value is None or not math.isfinite(value)):
-            raise ValueError(f"A complete cell has a finite value, not {value}; did it diverge?")
-        value = value if state == "complete" else None
+        same = {"error": None, "kills": 0}
+        changes = [
+            {"key": one.key, "state": one.state, "value": one.value, "result": one.result, "seconds": one.seconds}
+            | same
+            for one in finished
+        ]
+        histories = {one.key: one.history for one in finished if one.history is not None}
         with self._transaction() as connection:
-            changed = {"state": state, "value": value, "result": result, "seconds": result.get("seconds")}
-            row = self._settle(connection, claim, key, **changed, error=None, kills=0)
-            if row is not None and row.trial_id is not None:
-                if history is not None:
-                    plan.keep_history(connection, self.experiment, key, history)
-                self._optuna.end(row.trial_id, state, value, result=result)
+            trials = self._settle(connection, claim, changes)
+            if trials:
+                plan.keep_histories(connection, self.experiment, histories)
+                ends = [Ending(trials[one.key], one.state, one.value, {"result": one.result}) for one in finished]
+                self._optuna.end(connection, ends)
 
     @patient
     def fail(self, claim: Claim, key: str, error: str, cause: str = "exception") -> None:
         """Store that a cell failed: with the text of its traceback, or out of memory. Fenced like `finish`."""
         with self._transaction() as connection:
-            row = self._settle(connection, claim, key, state="failed", error=error, cause=cause)
-            if row is not None and row.trial_id is not None:
-                self._optuna.end(row.trial_id, "failed", None, error=error, cause=cause)
+            change = {"key": key, "state": "failed", "error": error, "cause": cause}
+            for trial_id in self._settle(connection, claim, [change]).values():
+                self._optuna.end(connection, [Ending(trial_id, "failed", None, {"error": error, "cause": cause})])
 
     @patient
     def retry_failed(self) -> int:
@@ -284,31 +278,39 @@ class Study(StudyView):
         """One write transaction for our tables and for Optuna's; one at a time per experiment."""
         with self._lock, failing(self.database), self._engine.begin() as connection:
             self.database.take_turn(connection, self.experiment)
-            with self._optuna.within(connection):
-                yield connection
+            yield connection
 
-    def _begin(self, connection: sa.Connection, row: Row, token: str, study_id: int, axes: list[Axis]) -> Row:
-        """Give a cell to the owner: with a new trial if it has none, otherwise in its old one."""
-        row = replace(row, state="running", owner=token, attempt=row.attempt + 1)
-        if row.trial_id is None:
-            trial_id, number = self._optuna.begin(connection, row, study_id, axes)
-            row = replace(row, trial_id=trial_id, trial_number=number)
-        else:
-            self._optuna.note(row.trial_id, attempt=row.attempt)
-        changed = ("state", "cohort", "owner", "attempt", "trial_id", "trial_number")
-        plan.update(connection, self.experiment, {"key": row.key}, **{name: getattr(row, name) for name in changed})
-        return row
+    def _begin(self, connection: sa.Connection, rows: list[Row], token: str) -> list[Row]:
+        """Give cells to the owner: those that have no trial get one, the others go on in theirs."""
+        begun = [replace(row, state="running", owner=token, attempt=row.attempt + 1) for row in rows]
+        stored = plan.axes(connection, self.experiment)
+        trials: dict[str, tuple[int, int]] = {}
+        for rule in {row.rule for row in begun if row.trial_id is None}:
+            new = [row for row in begun if row.rule == rule and row.trial_id is None]
+            trials |= self._optuna.begin(connection, new, *stored[rule])
+        old = {row.trial_id: {"attempt": row.attempt} for row in begun if row.trial_id is not None}
+        if old:
+            self._optuna.note(connection, old)
+        begun = [
+            replace(row, trial_id=trials[row.key][0], trial_number=trials[row.key][1]) if row.key in trials else row
+            for row in begun
+        ]
+        changed = ("key", "state", "cohort", "owner", "attempt", "trial_id", "trial_number")
+        plan.change(connection, self.experiment, [{name: getattr(row, name) for name in changed} for row in begun])
+        return begun
 
-    def _settle(self, connection: sa.Connection, claim: Claim, key: str, **values: Any) -> Row | None:
-        """End a cell that the claim still owns; returns it, or None if that is done already."""
-        row = next(row for row in claim.rows if row.key == key)
-        owned = {"key": key, "owner": claim.token, "state": "running"}
-        if plan.update(connection, self.experiment, owned, **values) == 1:  # `owner` stays: it says who did it
-            return row
-        done = {"key": key, "owner": claim.token, "state": values["state"]}
-        if self.uncertain and plan.rows(connection, self.experiment, **done):  # but the answer was lost
-            return None
-        raise Fenced(f"The cell {row.name} ({key}) is no longer owned by this process; its outcome was not stored.")
+    def _settle(self, connection: sa.Connection, claim: Claim, changes: list[dict[str, Any]]) -> dict[str, int]:
+        """End cells that the claim still owns; returns their trials by their keys, or none if that is done already."""
+        rows = {row.key: row for row in claim.rows}
+        states = plan.states(connection, self.experiment, claim.token, [change["key"] for change in changes])
+        lost = [rows[change["key"]] for change in changes if states.get(change["key"]) != "running"]
+        if not lost:
+            plan.change(connection, self.experiment, changes)  # `owner` stays: it says who did it
+            return {change["key"]: cast(int, rows[change["key"]].trial_id) for change in changes}
+        if self.uncertain and all(states.get(change["key"]) == change["state"] for change in changes):
+            return {}  # it was done, but the answer was lost
+        [row, *_] = lost
+        raise Fenced(f"The cell {row.name} ({row.key}) is no longer owned by this process; its outcome was not stored.")
 
     def _bury(self, connection: sa.Connection, blame: bool = True, gone: Collection[str] = ()) -> int:
         """Take the cells of owners that have died; returns how many there were."""
@@ -318,9 +320,10 @@ class Study(StudyView):
             for row in plan.interrupt(connection, self.experiment, token, blame):
                 left += 1
                 if row.trial_id is not None and row.state == "failed":
-                    self._optuna.end(row.trial_id, "failed", None, error=row.error, cause=row.cause)
+                    why = {"error": row.error, "cause": row.cause}
+                    self._optuna.end(connection, [Ending(row.trial_id, "failed", None, why)])
                 elif row.trial_id is not None:
-                    self._optuna.note(row.trial_id, cause=row.cause)
+                    self._optuna.note(connection, {row.trial_id: {"cause": row.cause}})
             if self.database.path:
                 lock = self.locks / f"{token}.lock"
                 if lock in owners.lock_files(self.locks):

@@ -1,16 +1,15 @@
 """What Optuna sees: one study per learning rule, and one trial per cell that was begun.
 
 This is the only module that knows Optuna. Its rows are written as stock `GridSampler` would write them, with
-`GridSampler`'s own attributes, through Optuna's storage bound to the connection of our own transaction.
+`GridSampler`'s own attributes, in our own transaction and in a handful of statements however many cells there are.
+Optuna's storage makes the same rows (`tests/test_study.py` compares them) one by one, each in a session of its own.
 """
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import optuna
@@ -22,130 +21,136 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.orm import Session
+from optuna.trial import TrialState
 
 from bpf.errors import RunError, UsageError
 from bpf.study import stored
 from bpf.study.cells import Axis, Point, Row, Value
 from bpf.study.database import Database
 
-__all__ = ["OptunaError", "Trials", "check_optuna", "search_space", "viewed"]
+__all__ = ["Ending", "Trials", "check_optuna", "make_tables", "search_space", "viewed"]
 
 # GridSampler takes each of them as visited. Only a complete trial can be the best one.
 _ENDS = {"complete": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 
-# The columns of Optuna's tables that are read or, in `_Storage`, `extend` and `reopen`, written here.
+# The columns of Optuna's tables that are read or written here.
 _trials = sa.table(
     "trials",
-    *map(sa.column, ("trial_id", "study_id", "number", "state", "datetime_complete")),
-    sa.column("datetime_start", sa.DateTime),
+    *map(sa.column, ("trial_id", "study_id", "number", "state")),
+    *(sa.column(name, sa.DateTime) for name in ("datetime_start", "datetime_complete")),
 )
-_values = sa.table("trial_values", sa.column("trial_id"))
+_studies = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
+_directions = sa.table("study_directions", *map(sa.column, ("study_id", "objective", "direction")))
+_values = sa.table("trial_values", *map(sa.column, ("trial_id", "objective", "value", "value_type")))
 _user = sa.table("trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json")))
 _system = sa.table("trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json")))
 _params = sa.table("trial_params", *map(sa.column, ("trial_id", "param_name", "param_value", "distribution_json")))
 _RUNNING: Any = sa.literal_column("'RUNNING'")
 
 
-class _Storage(RDBStorage):
-    """Optuna's storage, which makes a running trial from a template in five statements, however many there are.
+class Ending(NamedTuple):
+    """How a trial ends, complete, diverged or failed, and the user attributes that it then has."""
 
-    Its own way makes the same rows (`tests/test_study.py` compares them), but it counts all earlier trials to number a
-    new one, and looks for an earlier value of each parameter. An Optuna that has no such method goes that way.
+    trial_id: int
+    state: str
+    value: float | None
+    attributes: dict[str, Any]
+
+
+def make_tables(database: Database) -> None:
+    """Make Optuna's tables where they are missing.
+
+    Raises RuntimeError for tables of an Optuna that has others.
     """
-
-    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Session) -> Any:
-        assert template_trial is not None
-        mine = sa.select(_trials.c.number).where(_trials.c.study_id == study_id)
-        last = session.scalar(mine.order_by(_trials.c.trial_id.desc()).limit(1))
-        number = 0 if last is None else int(last) + 1
-        moment = cast(datetime, template_trial.datetime_start)
-        begun = moment.astimezone(UTC).replace(tzinfo=None)  # as Optuna keeps it
-        values = {"study_id": study_id, "number": number, "state": _RUNNING, "datetime_start": begun}
-        trial_id = session.scalar(sa.insert(_trials).values(values).returning(_trials.c.trial_id))
-        mark = {"trial_id": trial_id}
-        params = []
-        for name, value in template_trial.params.items():
-            distribution = template_trial.distributions[name]
-            written = {
-                "param_value": distribution.to_internal_repr(value),
-                "distribution_json": distribution_to_json(distribution),
-            }
-            params.append(mark | {"param_name": name} | written)
-        if params:
-            session.execute(sa.insert(_params), params)
-        for table, attributes in ((_user, template_trial.user_attrs), (_system, template_trial.system_attrs)):
-            records = [mark | {"key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
-            session.execute(sa.insert(table), records)
-        return SimpleNamespace(trial_id=trial_id, number=number, datetime_start=moment)  # all that is asked of it
+    storage = RDBStorage(database.engine_url, engine_kwargs=database.engine_options())
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 class Trials:
-    """Optuna's storage in a database. Everything but its making happens inside `within`."""
+    """Optuna's tables in a database. What is read and written there is in the transaction of a `connection`."""
 
-    def __init__(self, database: Database, create: bool = False) -> None:
-        """Open the storage; `create` makes Optuna's tables where they are missing."""
-        self._storage = _Storage(
-            database.engine_url, engine_kwargs=database.engine_options(), skip_table_creation=not create
-        )
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+    def __init__(self) -> None:
         self._grids: dict[str, tuple[dict[str, list[Value]], dict[Point, int]]] = {}
 
-    @contextmanager
-    def within(self, connection: sa.Connection) -> Iterator[None]:
-        """Write in the transaction of `connection` meanwhile."""
-        sessions = self._storage.scoped_session
-        sessions.configure(bind=connection, join_transaction_mode="create_savepoint")
-        try:
-            yield
-        finally:
-            sessions.remove()
+    def new_study(self, connection: sa.Connection, name: str) -> int:
+        """A study of Optuna's, whose best value is the least; returns its id."""
+        study = sa.insert(_studies).values(study_name=name).returning(_studies.c.study_id)
+        study_id = cast(int, connection.scalar(study))
+        least: Any = sa.literal_column("'MINIMIZE'")
+        connection.execute(sa.insert(_directions).values(study_id=study_id, objective=0, direction=least))
+        return study_id
 
-    def new_study(self, name: str) -> int:
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            return self._storage.create_new_study([StudyDirection.MINIMIZE], name)
-        finally:
-            optuna.logging.set_verbosity(verbosity)
+    def begin(
+        self, connection: sa.Connection, rows: Sequence[Row], study_id: int, axes: Sequence[Axis]
+    ) -> dict[str, tuple[int, int]]:
+        """Running trials for cells of one rule; returns the id and the number of each, by the cells' keys."""
+        studies = sa.select(_studies.c.study_id).where(_studies.c.study_id == study_id)
+        if connection.scalar(studies) is None:
+            raise stored.Damage(f"there is no Optuna study with the id {study_id}, which {rows[0].rule!r} has")
+        space, grid_ids = self._grid(rows[0].rule, axes)
+        points = [stored.point(row.params, sorted(space), row.key) for row in rows]
+        for row, point in zip(rows, points, strict=True):
+            if point not in grid_ids:
+                raise stored.Damage(f"the cell {row.key!r} is no point of the grid of its rule")
+        mine = sa.select(_trials.c.number).where(_trials.c.study_id == study_id)
+        last = connection.scalar(mine.order_by(_trials.c.trial_id.desc()).limit(1))
+        numbers = {row.key: number for number, row in enumerate(rows, start=0 if last is None else last + 1)}
+        new = sa.insert(_trials).values(state=_RUNNING).returning(_trials.c.number, _trials.c.trial_id)
+        same = {"study_id": study_id, "datetime_start": _now()}
+        made = connection.execute(new, [same | {"number": number} for number in numbers.values()])
+        by_number = {one.number: one.trial_id for one in made}
+        ids = {key: by_number[number] for key, number in numbers.items()}
+        kinds = {axis.name: _distribution(axis) for axis in axes}
+        told = {name: distribution_to_json(distribution) for name, distribution in kinds.items()}
+        params = [
+            {
+                "trial_id": ids[row.key],
+                "param_name": name,
+                "param_value": kinds[name].to_internal_repr(value),
+                "distribution_json": told[name],
+            }
+            for row in rows
+            for name, value in row.params.items()
+        ]
+        if params:
+            connection.execute(sa.insert(_params), params)
+        user, system = {}, {}
+        for row, point in zip(rows, points, strict=True):
+            handed_over = {name: value for name, value in row.chosen.items() if name not in row.params}
+            user[ids[row.key]] = {"name": row.name, "cell": row.key, "attempt": row.attempt} | handed_over
+            system[ids[row.key]] = {"search_space": space, "grid_id": grid_ids[point]}
+        connection.execute(sa.insert(_user), _records(user))
+        connection.execute(sa.insert(_system), _records(system))
+        return {key: (ids[key], number) for key, number in numbers.items()}
 
-    def begin(self, connection: sa.Connection, row: Row, study_id: int, axes: Sequence[Axis]) -> tuple[int, int]:
-        """A running trial for a cell; returns its id and number."""
-        try:
-            trial_id = self._storage.create_new_trial(study_id, self._template(row, axes))
-        except KeyError as error:
-            raise stored.Damage(f"there is no Optuna study with the id {study_id}, which {row.rule!r} has") from error
-        number = connection.scalar(sa.select(_trials.c.number).where(_trials.c.trial_id == trial_id))
-        return trial_id, cast(int, number)
+    def note(self, connection: sa.Connection, attributes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Set user attributes of running trials, by their ids."""
+        for gone in self._not_running(connection, attributes):
+            raise stored.Damage(f"there is no running trial with the id {gone}, which a cell has")
+        self._set(connection, attributes)
 
-    def note(self, trial_id: int, **attributes: Any) -> None:
-        """Set user attributes of a running trial."""
-        try:
-            for name, value in attributes.items():
-                self._storage.set_trial_user_attr(trial_id, name, value)
-        except KeyError as error:
-            raise stored.Damage(f"there is no trial with the id {trial_id}, which a cell has") from error
-
-    def end(self, trial_id: int, state: str, value: float | None, **attributes: Any) -> None:
-        """End a trial as complete, diverged or failed.
-
-        Raises RunError if another program has deleted or ended it.
-        """
-        try:
-            for name, attribute in attributes.items():
-                self._storage.set_trial_user_attr(trial_id, name, attribute)
-            self._storage.set_trial_state_values(trial_id, _ENDS[state], None if value is None else [value])
-        except (KeyError, UpdateFinishedTrialError):
+    def end(self, connection: sa.Connection, endings: Sequence[Ending]) -> None:
+        """End running trials. Raises RunError if another program has deleted or ended one of them."""
+        for gone in self._not_running(connection, [ending.trial_id for ending in endings]):
             raise RunError(
-                f"Another program has deleted or ended the Optuna trial with the id {trial_id}, "
+                f"Another program has deleted or ended the Optuna trial with the id {gone}, "
                 "which bpf was running; the outcome of its cell was not stored."
-            ) from None
+            )
+        self._set(connection, {ending.trial_id: ending.attributes for ending in endings})
+        values = [
+            {"trial_id": ending.trial_id, "objective": 0, "value": ending.value}
+            for ending in endings
+            if ending.value is not None
+        ]
+        if values:
+            connection.execute(sa.insert(_values).values(value_type=sa.literal_column("'FINITE'")), values)
+        for state in {_ENDS[ending.state] for ending in endings}:
+            mine = [ending.trial_id for ending in endings if _ENDS[ending.state] == state]
+            change = {"state": sa.literal_column(f"'{state.name}'"), "datetime_complete": _now()}
+            connection.execute(sa.update(_trials).where(_trials.c.trial_id.in_(mine)).values(**change))
 
     def reopen(self, connection: sa.Connection, trial_ids: Sequence[int]) -> None:
         """Make finished trials running ones again, for more executions or epochs. Optuna offers no way to do it."""
@@ -186,22 +191,41 @@ class Trials:
             written = distribution_to_json(_distribution(axis))
             connection.execute(sa.update(_params).where(*parameter).values(distribution_json=written))
 
-    def _template(self, row: Row, axes: Sequence[Axis]) -> FrozenTrial:
-        """A running trial with all that Optuna and GridSampler want to know: so it is one write."""
+    def _grid(self, rule: str, axes: Sequence[Axis]) -> tuple[dict[str, list[Value]], dict[Point, int]]:
+        """The search space of a rule, and which id each of its points has."""
         space = search_space(axes)
-        if row.rule not in self._grids or self._grids[row.rule][0] != space:
-            self._grids[row.rule] = space, _grid_ids(space)
-        point = stored.point(row.params, sorted(space), row.key)
-        if point not in self._grids[row.rule][1]:
-            raise stored.Damage(f"the cell {row.key!r} is no point of the grid of its rule")
-        handed_over = {name: value for name, value in row.chosen.items() if name not in row.params}
-        return optuna.create_trial(
-            state=TrialState.RUNNING,
-            params=dict(row.params),
-            distributions={axis.name: _distribution(axis) for axis in axes},
-            user_attrs={"name": row.name, "cell": row.key, "attempt": row.attempt} | handed_over,
-            system_attrs={"search_space": space, "grid_id": self._grids[row.rule][1][point]},
-        )
+        if rule not in self._grids or self._grids[rule][0] != space:
+            self._grids[rule] = space, _grid_ids(space)
+        return self._grids[rule]
+
+    @staticmethod
+    def _not_running(connection: sa.Connection, ids: Iterable[int]) -> list[int]:
+        """Those of the trials that are not there or have ended."""
+        wanted = set(ids)
+        running = sa.select(_trials.c.trial_id).where(_trials.c.trial_id.in_(wanted), _trials.c.state == _RUNNING)
+        return sorted(wanted - set(connection.scalars(running)))
+
+    @staticmethod
+    def _set(connection: sa.Connection, attributes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Set user attributes of trials, in place of earlier ones."""
+        names = {name for told in attributes.values() for name in told}
+        old = (_user.c.trial_id.in_(list(attributes)), _user.c.key.in_(names))
+        connection.execute(sa.delete(_user).where(*old))
+        connection.execute(sa.insert(_user), _records(attributes))
+
+
+def _records(attributes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Attributes of trials as Optuna's tables have them."""
+    return [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for trial_id, told in attributes.items()
+        for key, value in told.items()
+    ]
+
+
+def _now() -> datetime:
+    """The time as Optuna keeps it."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def viewed(database: Database) -> RDBStorage:

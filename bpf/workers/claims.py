@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from bpf.errors import Damaged
 from bpf.experiment.grid import PER_RUN, execution
 from bpf.spec.run import RunSpec, digest, work
-from bpf.study.cells import Claim, Row
+from bpf.study.cells import Claim, Finished, Row
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 
@@ -22,17 +22,13 @@ MakeCohort = Callable[[list[RunSpec]], Cohort]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a cell: its state, its value (the mean objective of its executions), result and history.
+    """What came out of a cell; its value is the mean objective of its executions, and its history is as JSON has it.
 
-    `history` has one entry per execution, as JSON has it. `run` is the best run of this training, to be asked for its
-    network.
+    `run` is the best run of this training, to be asked for its network.
     """
 
     row: Row
-    state: str
-    value: float | None
-    result: dict[str, Any]
-    history: list[dict[str, Any]]
+    finished: Finished
     run: int | None
 
 
@@ -104,8 +100,8 @@ class ClaimTraining:
         states = [*self._states, self._part.state(), *self._stored[len(self._states) + 1 :]]
         checkpoint.save(self._path, self.claim.cohort, self.cells, self.specs, states)
 
-    def outcomes(self, earlier: Callable[[Row], list[dict[str, Any]]]) -> Iterator[Outcome]:
-        """What came out of each cell that is still claimed.
+    def outcomes(self, earlier: Callable[[Row], list[dict[str, Any]]], facts: dict[str, Any]) -> Iterator[Outcome]:
+        """What came out of each cell that is still claimed, with more `facts` in its result.
 
         `earlier` gives the histories of a cell's executions that were done before.
         """
@@ -121,7 +117,7 @@ class ClaimTraining:
                 result["added"] = True
             complete = [run for run in runs if records[run]["status"] == "complete"]
             best = min(complete, key=lambda run: records[run]["objective"], default=None)
-            yield Outcome(row, state, value, result, history, best)
+            yield Outcome(row, Finished(row.key, value, state, result | facts, history), best)
 
     def network(self, run: int) -> dict[str, Tensor] | None:
         """The network of a run's best epoch, or None if its checkpoint is of a bpf that did not keep it."""
@@ -185,7 +181,9 @@ def stored_run(row: Row) -> RunSpec:
         raise Damaged(f"The spec of the cell {row.name} in the study", f"{at}: {first['msg']}") from error
 
 
-def outcome(executions: list[dict[str, Any]]) -> tuple[str, float | None, dict[str, Any]]:
+def outcome(
+    executions: list[dict[str, Any]],
+) -> tuple[Literal["complete", "diverged"], float | None, dict[str, Any]]:
     """A cell's state, value and result.
 
     A cell with a diverged execution has diverged: a mean over the others would flatter it.

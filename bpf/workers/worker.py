@@ -4,6 +4,7 @@ The study is the truth: whatever runs this loop, and however often it dies, no f
 twice, and an interrupted cohort goes on from its checkpoint to the same numbers.
 """
 
+import math
 import socket
 import time
 import traceback
@@ -31,7 +32,7 @@ from bpf.study.seam import PATIENCE_SECONDS, Fenced, WorkerStudy
 from bpf.training import checkpoint
 from bpf.training.cohort import Cohort
 from bpf.training.hardware import choose_device, cohort_cells, settle
-from bpf.workers.claims import ClaimTraining, stored_run
+from bpf.workers.claims import ClaimTraining, Outcome, stored_run
 from bpf.workers.events import Began, Ended, Event, GivenUp, Saved, Trained, Trouble
 from bpf.workers.files import Files, open_files
 from bpf.workers.job import Job, Terms
@@ -190,7 +191,7 @@ class Worker:
                 saved = time.monotonic()
             if self.stop.asked and not training.done:
                 raise self.stop.interruption()
-        if self._keep or len(claim.rows) > 1:  # a crash between two cells' results must find the others' again
+        if self._keep:
             self._save(training)
         try:
             self._finish(training)
@@ -238,19 +239,27 @@ class Worker:
         self.files.store(training.claim.cohort)
 
     def _finish(self, training: ClaimTraining) -> None:
-        for outcome in training.outcomes(lambda row: self.study.history(row.key)):
-            row, result = outcome.row, outcome.result
-            result |= {"device": str(self._device), "examples": training.examples}
-            if outcome.value is not None and outcome.run is not None:
-                self._keep_model(row, outcome.value, training, outcome.run)
-            self.study.finish(training.claim, row.key, outcome.value, outcome.state, result, outcome.history)
-            self._tell_ended(row, outcome.state, outcome.value)
+        facts = {"device": str(self._device), "examples": training.examples}
+        outcomes = list(training.outcomes(lambda row: self.study.history(row.key), facts))
+        self._keep_model(training, outcomes)
+        self.study.finish(training.claim, *(outcome.finished for outcome in outcomes))
+        for outcome in outcomes:
+            self._tell_ended(outcome.row, outcome.finished.state, outcome.finished.value)
         self._discard_models(training.claim.rows[0].rule)
         if not self._keep:
             self._discard_checkpoint(training.claim)
 
-    def _keep_model(self, row: Row, value: float, training: ClaimTraining, run: int) -> None:
+    def _keep_model(self, training: ClaimTraining, outcomes: list[Outcome]) -> None:
         """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
+        values = [(outcome.finished.value, outcome) for outcome in outcomes]
+        value, first = min(
+            ((value, outcome) for value, outcome in values if value is not None),
+            key=lambda one: one[0],  # the first of equal ones, as the study has it
+            default=(math.inf, None),
+        )
+        if first is None or first.run is None:
+            return
+        row, run = first.row, first.run
         best = self.study.best(row.rule)
         if best is not None and best[1] < value:  # of equal ones either may become it
             return
