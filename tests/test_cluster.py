@@ -19,7 +19,7 @@ from bpf.cluster import desk as desks
 from bpf.cluster.desk import Desk
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.nodes import Node, kinds
-from bpf.cluster.post import _problem
+from bpf.cluster.post import _problem, code_of
 from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
 from bpf.cluster.wire import PART_BYTES, is_report
 from bpf.data.cache import load
@@ -422,11 +422,29 @@ def test_what_a_node_lacks_is_named() -> None:
     from importlib import metadata
 
     here = metadata.version("torch")
-    assert _problem({"torch": here}, {"bpf.algorithms": ["dfa"]}) == ""
-    assert _problem({"torch": "1.0", "bpf-nowhere": "2"}, {"bpf.algorithms": ["dfa", "mine"]}) == (
+    code = {"bpf": code_of("bpf"), "waiting": code_of("waiting")}
+    assert _problem({"torch": here}, {"bpf.algorithms": ["dfa"]}, code) == ""
+    assert _problem({"torch": "1.0", "bpf-nowhere": "2"}, {"bpf.algorithms": ["dfa", "mine"]}, {"bpf": "0"}) == (
         f"torch is {here}, and 1.0 where bpf was started; bpf-nowhere is not installed; "
         "no plugin 'mine' in bpf.algorithms"
     )
+    assert _problem({}, {}, code | {"nowhere": "0"}) == "the code of nowhere is another one"
+
+
+@pytest.mark.parametrize("package", ["mine", "mine.py"])
+def test_code_of_the_same_version_may_be_another_one(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / package if package.endswith(".py") else tmp_path / package / "rules" / "one.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for text in ("rate = 1\n", "rate = 2\n", "rate = 1\n"):
+        path.write_text(text)
+        found.append(code_of("mine"))
+    assert found[0] == found[2] != found[1]
+    assert "mine" not in sys.modules
+    assert code_of("nowhere_to_be_found") == ""
 
 
 def test_a_worker_on_a_node_needs_no_database_library() -> None:

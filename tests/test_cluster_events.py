@@ -172,12 +172,25 @@ def test_what_a_cluster_cannot_do_is_told_before_anything_is_written(tmp_path: P
     assert_ran_once(directory)
 
 
-def test_a_node_that_lacks_something_is_named(tmp_path: Path, nodes: Nodes) -> None:
+@pytest.mark.parametrize(
+    ("what", "wanted", "problem"),
+    [
+        (
+            "needs",
+            {"torch": "1.0", "bpf-nowhere": "2"},
+            r"torch is \S+, and 1\.0 where bpf was started; bpf-nowhere is not",
+        ),
+        ("code", {"bpf_local_losses": "0"}, r"the code of bpf_local_losses is another one"),
+    ],
+)
+def test_a_node_that_lacks_something_is_named(
+    what: str, wanted: dict[str, str], problem: str, tmp_path: Path, nodes: Nodes
+) -> None:
     nodes.add()
     (tmp_path / "driver.py").write_text(
         "from bpf.cluster import orders\n"
-        "needs = orders.needs\n"
-        "orders.needs = lambda experiment: needs(experiment) | {'torch': '1.0', 'bpf-nowhere': '2.0'}\n"
+        f"usual = orders.{what}\n"
+        f"orders.{what} = lambda experiment: usual(experiment) | {wanted}\n"
         "from bpf.cli.app import main\n"
         "main()\n"
     )
@@ -187,9 +200,7 @@ def test_a_node_that_lacks_something_is_named(tmp_path: Path, nodes: Nodes) -> N
     )
     assert done.returncode == 2, done.stderr
     said = " ".join(done.stderr.split())
-    assert re.search(
-        r"Node 127\.0\.0\.1 \(\S+\): torch is \S+, and 1\.0 where bpf was started; bpf-nowhere is not", said
-    )
+    assert re.search(rf"Node 127\.0\.0\.1 \(\S+\): {problem}", said)
 
 
 def test_any_number_of_events(tmp_path: Path, nodes: Nodes) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bpf.cluster.engine import Engine
+from bpf.cluster.post import code_of
 from bpf.data.cache import Data
 from bpf.experiment.directory import Experiment
 from bpf.registry import ALGORITHMS, TRACKERS, Registry
@@ -22,6 +23,7 @@ def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine:
     return {
         "needs": needs(experiment),
         "names": {ALGORITHMS: list(experiment.grid.algorithm), TRACKERS: list(experiment.grid.trackers)},
+        "code": code(experiment),
         "checkpoint_seconds": checkpoint_seconds,
         "facts": {"dashboard": engine.dashboard} if engine.dashboard else {},
         "storage": None if experiment.database.path else experiment.database.public,
@@ -31,6 +33,15 @@ def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine:
         "checkpoints": experiment.checkpoints,
         "data": (data.name, list(data.classes), references),
     }
+
+
+def code(experiment: Experiment) -> dict[str, str]:
+    """Digests of the code that decides what comes out: of bpf, and of the packages that have the rules and trackers."""
+    packages = {"bpf"}
+    for group, names in ((ALGORITHMS, experiment.grid.algorithm), (TRACKERS, experiment.grid.trackers)):
+        targets = [Registry(group).describe(name).target for name in names]
+        packages |= {target.partition(":")[0].partition(".")[0] for target in targets}
+    return {package: code_of(package) for package in sorted(packages)}
 
 
 def needs(experiment: Experiment) -> dict[str, str]:

@@ -69,7 +69,7 @@ class Seat:
 
         `unfit` means that this node lacks something, as the text says; then nothing was tried.
         """
-        problem = _problem(order["needs"], order["names"])
+        problem = _problem(order["needs"], order["names"], order["code"])
         if problem:
             return {"how": "unfit", "text": f"{_node()}: {problem}", "exit_code": 2, "node": _node_id()}
         from bpf.cluster.seated import work
@@ -77,8 +77,28 @@ class Seat:
         return work(order, post)
 
 
-def _problem(needs: dict[str, str], names: dict[str, list[str]]) -> str:
-    """Which distributions are missing here or of another version, and which plugins; or nothing."""
+def code_of(package: str) -> str:
+    """A digest of the source files of a package, which need not be imported; empty if there is no such package."""
+    import hashlib
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec(package)
+    if spec is None:
+        return ""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+    if not folders and spec.origin:
+        files = {"": Path(spec.origin)}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _problem(needs: dict[str, str], names: dict[str, list[str]], code: dict[str, str]) -> str:
+    """What is missing here or another one than where bpf was started: distributions, plugins and code; or nothing."""
     from importlib import metadata
 
     found = []
@@ -93,6 +113,8 @@ def _problem(needs: dict[str, str], names: dict[str, list[str]]) -> str:
     for group, wanted_names in names.items():
         known = {entry.name for entry in metadata.entry_points(group=group)}
         found += [f"no plugin {name!r} in {group}" for name in wanted_names if name not in known]
+    if not found:  # else it is said already
+        found = [f"the code of {package} is another one" for package in code if code_of(package) != code[package]]
     return "; ".join(found)
 
 
