@@ -1,6 +1,7 @@
 """Workers that reach the study and the files through the desk, and what is asked of a Ray cluster, without one."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -10,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bpf import api
 from bpf.cluster import desk as desks
+from bpf.cluster import engine as engines
 from bpf.cluster.desk import Desk
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.nodes import Node, kinds
@@ -445,6 +448,29 @@ def test_code_of_the_same_version_may_be_another_one(
     assert found[0] == found[2] != found[1]
     assert "mine" not in sys.modules
     assert code_of("nowhere_to_be_found") == ""
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_auto_is_the_cluster_that_ray_address_names(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    pickling = SimpleNamespace(register_pickle_by_value=lambda module: None)
+    ray = SimpleNamespace(
+        init=lambda address, **options: asked.append(address), nodes=list, shutdown=lambda: None, cloudpickle=pickling
+    )
+    monkeypatch.setattr(engines, "module", lambda: ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        engine = engines.Engine("auto", None, "cpu", 1)
+        engine.wait()
+        assert asked == [address]
+        assert engine.alive
+        engine.close()
+        engine.join()
+    engine = engines.Engine("auto", None, "cpu", 1)
+    with pytest.raises(UsageError, match=r"--on auto: there is no Ray cluster to use: .*refused"):
+        engine.wait()
+    engine.close()
 
 
 def test_a_worker_on_a_node_needs_no_database_library() -> None:

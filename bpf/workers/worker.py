@@ -251,15 +251,11 @@ class Worker:
 
     def _keep_model(self, training: ClaimTraining, outcomes: list[Outcome]) -> None:
         """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
-        values = [(outcome.finished.value, outcome) for outcome in outcomes]
-        value, first = min(
-            ((value, outcome) for value, outcome in values if value is not None),
-            key=lambda one: one[0],  # the first of equal ones, as the study has it
-            default=(math.inf, None),
-        )
-        if first is None or first.run is None:
+        ranks = [math.inf if outcome.finished.value is None else outcome.finished.value for outcome in outcomes]
+        first = outcomes[ranks.index(min(ranks))]  # of equal ones, as the study has it
+        row, value, run = first.row, first.finished.value, first.run
+        if value is None or run is None:
             return
-        row, run = first.row, first.run
         best = self.study.best(row.rule)
         if best is not None and best[1] < value:  # of equal ones either may become it
             return
