@@ -1162,7 +1162,7 @@ def test_a_full_disk_while_training_is_waited_for(
         next((work / "ex/checkpoints").iterdir()) if part == "checkpoints" else work / "ex/models/dfa/KEY.safetensors"
     )
     with full_for(rf"{part}/(dfa/)?\.", 3):
-        outcome = bpf_("resume ex --json")
+        outcome = bpf_("resume ex --json --checkpoint-every 0")
     assert outcome.code == 0
     said = re.sub(r"[0-9a-f]{16}\.safetensors", "KEY.safetensors", outcome.err)
     assert said == WAITING.format(path=path)  # once, however often it is tried
@@ -1180,7 +1180,7 @@ def test_nobody_needs_to_wait_for_a_full_disk(
     shutil.copytree(made.half, work / "ex")
     before = tree(work / "ex/checkpoints")
     with full_for(rf"{part}/(dfa/)?\.", then=lambda: signal.raise_signal(signal.SIGINT)):
-        outcome = bpf_("resume ex --json")
+        outcome = bpf_("resume ex --json --checkpoint-every 0")
     assert (outcome.code, outcome.out) == (130, "")
     stopped = "Stopped. What could not be stored is trained again from the last checkpoint."
     assert outcome.err.endswith(f"{stopped} Go on with: bpf resume ex\n")

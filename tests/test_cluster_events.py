@@ -309,7 +309,7 @@ class Chaos:
         elif what == "the driver is killed":
             return driver.kill() == -signal.SIGKILL
         elif what == "the driver is asked to stop":
-            return driver.kill(signal.SIGTERM) in (130, 143)
+            return driver.kill(signal.SIGTERM) in (130, 143, -signal.SIGTERM)  # which it is, once all is stored
         else:
             pids = self._posts() if what == "the post is killed" else driver.workers()
             if not pids:

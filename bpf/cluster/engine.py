@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from bpf.cluster import post
 from bpf.cluster.nodes import Node, kinds
@@ -18,6 +18,8 @@ from bpf.errors import BpfError, RunError, UsageError
 from bpf.extras import need
 from bpf.machine import cores
 from bpf.spec.values import AUTO, LOCAL
+
+T = TypeVar("T")
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
@@ -57,6 +59,7 @@ class Engine:
         named = os.environ.get("RAY_ADDRESS", "")
         self._address = named if on == AUTO and ":" in named else on
         self._ready_made: list[tuple[str, Any]] = []
+        self._kept: list[Any] = []
         self._environment: dict[str, str | None] = {}
         self._failure: BaseException | None = None
         self._ready, self._closing = threading.Event(), threading.Event()
@@ -143,6 +146,14 @@ class Engine:
             return found
         return {}
 
+    def keep(self, given: T) -> T:
+        """Hold an actor, or a reference, of Ray's until the connection has ended, and return it.
+
+        Whoever lets go of one while Ray shuts down in its thread has this process ended by Ray, with exit code 1.
+        """
+        self._kept.append(given)
+        return given
+
     def actor(self, kind: str) -> Any:
         """A new seat: an actor with a processor core, a GPU or a share of one. Ray places it when there is room."""
         for number, (made, actor) in enumerate(self._ready_made):
@@ -151,7 +162,7 @@ class Engine:
                 return actor
         share = int(SHARE / self.per_gpu) / SHARE
         resources = {"num_cpus": 1} if kind == "cpu" else {"num_cpus": 0, "num_gpus": share}
-        return self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote()
+        return self.keep(self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote())
 
     def let_go(self, actor: Any) -> None:
         with suppress(Exception):
@@ -200,6 +211,7 @@ class Engine:
             self.ray.cloudpickle.unregister_pickle_by_value(post)
         with suppress(Exception):
             self.ray.shutdown()
+        self._kept.clear()
 
     def _prepare(self) -> None:
         """Let nobody but this process use the cluster that it makes."""

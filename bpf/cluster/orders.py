@@ -19,7 +19,7 @@ def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine:
     No password is in it: what a task is given can be seen by others.
     """
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    references = [engine.ray.put(np.asarray(array.numpy()).view(np.ndarray)) for array in arrays]
+    references = [engine.keep(engine.ray.put(np.asarray(array.numpy()).view(np.ndarray))) for array in arrays]
     return {
         "needs": needs(experiment),
         "names": {ALGORITHMS: list(experiment.grid.algorithm), TRACKERS: list(experiment.grid.trackers)},
