@@ -6,8 +6,9 @@
 
 Each simulated worker is a thread (with a second one for its reports) in one of a few processes. It opens the study and
 enrolls, claims a cohort of four cells of one structure, notes every five seconds how far it is, and after a while asks
-for the best, finishes its cells (results and histories of three executions and 100 epochs), looks which models are of
-no more use, discards the checkpoint and claims again. At last it releases what it has and retires. The study is reached
+for the best, finishes its cells together (results and histories of three executions and 100 epochs), looks which models
+are of no more use, discards the checkpoint and claims again. At last it releases what it has and retires. The study is
+reached
 
 - `desk`: in SQLite, by calls of the desk in this process, which also has the workers: what the desk alone costs;
 - `ray`: in SQLite, through the post of a Ray cluster of this command's own, as workers of `bpf tune --on ray` do;
@@ -69,7 +70,7 @@ NOTE_SECONDS = 5.0
 PER_MACHINE = 8
 MODEL_BYTES, CHECKPOINT_BYTES = 2_600_000, 125_000_000
 """Of a 784-500-500-10 network, and of twelve such runs with Adam's moments."""
-FASTEST = 60
+FASTEST = 30
 """Cohorts a second that a study may finish on a machine like this one: a round of all workers takes as long."""
 GOOD = 0.002
 """The best so far: so good that few are better, as later in a grid."""

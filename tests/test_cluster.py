@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -467,36 +466,10 @@ def test_auto_is_the_cluster_that_ray_address_names(scheme: str, monkeypatch: py
         assert asked == [address]
         assert engine.alive
         engine.close()
-        engine.join()
     engine = engines.Engine("auto", None, "cpu", 1)
     with pytest.raises(UsageError, match=r"--on auto: there is no Ray cluster to use: .*refused"):
         engine.wait()
     engine.close()
-
-
-def test_what_ray_gave_is_held_until_it_has_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reference:
-        pass
-
-    given = Reference()
-    found, alive = weakref.ref(given), []
-    pickling = SimpleNamespace(register_pickle_by_value=lambda module: None)
-    ray = SimpleNamespace(
-        init=lambda address, **options: None,
-        nodes=list,
-        shutdown=lambda: alive.append(found() is not None),
-        cloudpickle=pickling,
-    )
-    monkeypatch.setattr(engines, "module", lambda: ray)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        engine = engines.Engine(f"127.0.0.1:{server.getsockname()[1]}", None, "cpu", 1)
-        engine.wait()
-    engine.keep(given)
-    del given
-    engine.close()
-    engine.join()
-    assert alive == [True]
-    assert found() is None
 
 
 def test_a_worker_on_a_node_needs_no_database_library() -> None:

@@ -54,6 +54,7 @@ class Driver:
 
     def __init__(self, nodes: Nodes, directory: Path, *arguments: str) -> None:
         self.directory, self._log = directory, directory.with_suffix(f".{time.monotonic_ns()}.log")
+        self._earlier = {worker["token"] for worker in self._at_work()}  # on a server, until their leases have run out
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*PROGRAM, *arguments, "--on", nodes.address, "--verbose"],
@@ -73,9 +74,12 @@ class Driver:
         return self.process.poll() is not None
 
     def workers(self) -> list[int]:
-        """The processes that hold cells now."""
+        """The processes that hold cells now, by this driver."""
+        return [worker["pid"] for worker in self._at_work() if worker["token"] not in self._earlier]
+
+    def _at_work(self) -> list[dict[str, Any]]:
         with suppress(BpfError), closing(open_experiment(self.directory).read_study()) as study:
-            return [worker["pid"] for worker in study.workers() if (worker["facts"] or {}).get("at")]
+            return [worker for worker in study.workers() if (worker["facts"] or {}).get("at")]
         return []
 
     @property
@@ -203,6 +207,28 @@ def test_a_node_that_lacks_something_is_named(
     assert re.search(rf"Node 127\.0\.0\.1 \(\S+\): {problem}", said)
 
 
+@pytest.mark.parametrize("place", ["bpf.api:_planned", "bpf.results.summary:ranking"])
+def test_a_request_to_stop_is_answered_in_one_line_also_when_ray_has_come_or_gone(place: str, tmp_path: Path) -> None:
+    """Ray takes SIGTERM when it connects, and leaves it to the system when it goes."""
+    needed_ray()
+    module, _, name = place.partition(":")
+    (tmp_path / "driver.py").write_text(
+        "import os, signal, time\n"
+        f"import {module} as module\n"
+        "from bpf.cli.app import main\n"
+        "def asked(*arguments, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        f"module.{name} = asked\n"
+        "main()\n"
+    )
+    command = [sys.executable, str(tmp_path / "driver.py"), "tune", str(tmp_path / "grid"), *GRID, "--epochs", "2"]
+    done = subprocess.run([*command, "-q", "--on", "ray"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 130, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("Interrupted")
+
+
 def test_any_number_of_events(tmp_path: Path, nodes: Nodes) -> None:
     survives(Chaos(nodes, tmp_path, EVENTS))
 
@@ -309,7 +335,7 @@ class Chaos:
         elif what == "the driver is killed":
             return driver.kill() == -signal.SIGKILL
         elif what == "the driver is asked to stop":
-            return driver.kill(signal.SIGTERM) in (130, 143, -signal.SIGTERM)  # which it is, once all is stored
+            return driver.kill(signal.SIGTERM) in (130, 143)
         else:
             pids = self._posts() if what == "the post is killed" else driver.workers()
             if not pids:

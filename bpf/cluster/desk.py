@@ -301,7 +301,10 @@ class Desk:
         raise Fenced("This worker was taken for dead; its cells are for others now.")
 
     def _check_owner(self, seat: str, cohort: str) -> None:
-        """Raise Fenced if a checkpoint is another's by now, as that of a worker which was taken for dead is."""
+        """Raise Fenced if a checkpoint is another's by now, as that of a worker which was taken for dead is.
+
+        Who owns in a database on a server is not known here; there a worker looks at its lease before it stores.
+        """
         guest = self.guest(seat)
         if self._hosts and (guest is None or guest.claim is None or guest.claim.cohort != cohort):
             raise Fenced("This worker was taken for dead; its checkpoint is for others now.")

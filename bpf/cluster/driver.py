@@ -33,7 +33,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at the nodes and the counts of cells."""
 JUDGE_SECONDS = 30.0
 """After the death of a worker: so long it takes Ray to notice that its node has died, if nobody else can tell."""
-AGAIN_SECONDS, GRACE_SECONDS = 0.5, 5.0
+AGAIN_SECONDS = 0.5
+GRACE_SECONDS = 5.0
 
 
 @dataclass
@@ -101,8 +102,7 @@ class Driver:
             self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
         try:
             self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
-            with carried(self._ray, posted.Post, self._desk.answer) as post:
-                self._post = self.engine.keep(post)
+            with carried(self._ray, posted.Post, self._desk.answer) as self._post:
                 try:
                     self._go_on()
                 finally:
@@ -196,8 +196,7 @@ class Driver:
         seat.attempt += 1
         gpu = {"device": "cuda:0", "sharers": self.effort.workers_per_gpu}  # Ray shows each actor the GPU that it has
         own = {"seat": seat.name, **(gpu if seat.kind == "cuda" else {"device": "cpu", "sharers": 1})}
-        seat.work = self.engine.keep(seat.actor.work.remote({**self._order, **own}, self._post))
-        seat.doing = "starting"
+        seat.work, seat.doing = seat.actor.work.remote({**self._order, **own}, self._post), "starting"
 
     def _working(self) -> list[Seat]:
         return [seat for seat in self._seats if not seat.unfit]

@@ -1,16 +1,16 @@
 """Ray: how a cluster is made or joined, which nodes it has, and how it is asked for workers."""
 
-import atexit
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from bpf.cluster import post
 from bpf.cluster.nodes import Node, kinds
@@ -18,8 +18,6 @@ from bpf.errors import BpfError, RunError, UsageError
 from bpf.extras import need
 from bpf.machine import cores
 from bpf.spec.values import AUTO, LOCAL
-
-T = TypeVar("T")
 
 SHARE = 10_000
 """Ray counts shares of a GPU in parts of this."""
@@ -59,7 +57,6 @@ class Engine:
         named = os.environ.get("RAY_ADDRESS", "")
         self._address = named if on == AUTO and ":" in named else on
         self._ready_made: list[tuple[str, Any]] = []
-        self._kept: list[Any] = []
         self._environment: dict[str, str | None] = {}
         self._failure: BaseException | None = None
         self._ready, self._closing = threading.Event(), threading.Event()
@@ -74,19 +71,19 @@ class Engine:
         """Wait for the connection. Raises UsageError if there is no such cluster, or it refuses us."""
         while not self._ready.wait(0.2):  # so that Ctrl-C is seen
             pass
+        _take_signals_back()
         if self._failure is not None:
             raise self._explained(self._failure) from self._failure
 
     def close(self) -> None:
-        """Let go of the cluster; it takes a while, which `join` waits for."""
+        """Let go of the cluster, and wait until that is done: meanwhile Ray ends a process that touches it."""
         self._closing.set()
+        self._thread.join(END_SECONDS)
+        _take_signals_back()
         for name, value in self._environment.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-    def join(self) -> None:
-        self._thread.join(END_SECONDS)
 
     @property
     def alive(self) -> bool:
@@ -146,14 +143,6 @@ class Engine:
             return found
         return {}
 
-    def keep(self, given: T) -> T:
-        """Hold an actor, or a reference, of Ray's until the connection has ended, and return it.
-
-        Whoever lets go of one while Ray shuts down in its thread has this process ended by Ray, with exit code 1.
-        """
-        self._kept.append(given)
-        return given
-
     def actor(self, kind: str) -> Any:
         """A new seat: an actor with a processor core, a GPU or a share of one. Ray places it when there is room."""
         for number, (made, actor) in enumerate(self._ready_made):
@@ -162,7 +151,7 @@ class Engine:
                 return actor
         share = int(SHARE / self.per_gpu) / SHARE
         resources = {"num_cpus": 1} if kind == "cpu" else {"num_cpus": 0, "num_gpus": share}
-        return self.keep(self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote())
+        return self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote()
 
     def let_go(self, actor: Any) -> None:
         with suppress(Exception):
@@ -211,7 +200,6 @@ class Engine:
             self.ray.cloudpickle.unregister_pickle_by_value(post)
         with suppress(Exception):
             self.ray.shutdown()
-        self._kept.clear()
 
     def _prepare(self) -> None:
         """Let nobody but this process use the cluster that it makes."""
@@ -241,7 +229,6 @@ class Engine:
 
 _begun: Engine | None = None
 """The one that is on its way, or in use."""
-_ending: Engine | None = None
 
 
 def begin(on: str, workers: int | None, device: str, per_gpu: int = 1) -> Engine:
@@ -254,27 +241,16 @@ def begin(on: str, workers: int | None, device: str, per_gpu: int = 1) -> Engine
     if _begun is not None and (_begun.on, _begun.workers, _begun.device, _begun.per_gpu) != wanted:
         end()
     if _begun is None:
-        ended()
         _begun = Engine(*wanted)
     return _begun
 
 
 def end() -> None:
-    """Leave the cluster; one of this command's own ends. What that takes goes on while others do something else."""
-    global _begun, _ending
+    """Leave the cluster; one of this command's own ends."""
+    global _begun
     if _begun is not None:
-        ended()
-        _begun.close()
-        _begun, _ending = None, _begun
-
-
-@atexit.register
-def ended() -> None:
-    """Wait for the end of a cluster that was left."""
-    global _ending
-    if _ending is not None:
-        _ending.join()
-        _ending = None
+        leaving, _begun = _begun, None
+        leaving.close()
 
 
 @contextmanager
@@ -307,6 +283,13 @@ def _fewer_processes(ray: Any) -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = usual
+
+
+def _take_signals_back() -> None:
+    """Put Python's handler back: Ray takes SIGTERM when it connects, and leaves it to the system when it goes."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(address: str) -> None:

@@ -10,7 +10,7 @@ from bpf.cluster.engine import Engine
 from bpf.cluster.post import code_of
 from bpf.data.cache import Data
 from bpf.experiment.directory import Experiment
-from bpf.registry import ALGORITHMS, TRACKERS, Registry
+from bpf.registry import ALGORITHMS, TRACKERS, Plugin, Registry
 
 
 def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine: Engine) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine:
     No password is in it: what a task is given can be seen by others.
     """
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    references = [engine.keep(engine.ray.put(np.asarray(array.numpy()).view(np.ndarray))) for array in arrays]
+    references = [engine.ray.put(np.asarray(array.numpy()).view(np.ndarray)) for array in arrays]
     return {
         "needs": needs(experiment),
         "names": {ALGORITHMS: list(experiment.grid.algorithm), TRACKERS: list(experiment.grid.trackers)},
@@ -37,21 +37,20 @@ def order(experiment: Experiment, data: Data, checkpoint_seconds: float, engine:
 
 def code(experiment: Experiment) -> dict[str, str]:
     """Digests of the code that decides what comes out: of bpf, and of the packages that have the rules and trackers."""
-    packages = {"bpf"}
-    for group, names in ((ALGORITHMS, experiment.grid.algorithm), (TRACKERS, experiment.grid.trackers)):
-        targets = [Registry(group).describe(name).target for name in names]
-        packages |= {target.partition(":")[0].partition(".")[0] for target in targets}
-    return {package: code_of(package) for package in sorted(packages)}
+    packages = {plugin.target.partition(":")[0].partition(".")[0] for plugin in _plugins(experiment)}
+    return {package: code_of(package) for package in sorted(packages | {"bpf"})}
 
 
 def needs(experiment: Experiment) -> dict[str, str]:
     """The distributions that workers need, with their versions here: other ones may give other numbers."""
-    distributions = {"bpf": None, "torch": None}
-    for group, names in ((ALGORITHMS, experiment.grid.algorithm), (TRACKERS, experiment.grid.trackers)):
-        registry = Registry(group)
-        distributions |= {registry.describe(name).distribution: None for name in names}
     found = {}
-    for distribution in distributions:
+    for distribution in dict.fromkeys(["bpf", "torch", *(plugin.distribution for plugin in _plugins(experiment))]):
         with suppress(metadata.PackageNotFoundError):  # run from its source
             found[distribution] = metadata.version(distribution)
     return found
+
+
+def _plugins(experiment: Experiment) -> list[Plugin]:
+    """The rules and trackers that workers load."""
+    wanted = {ALGORITHMS: experiment.grid.algorithm, TRACKERS: experiment.grid.trackers}
+    return [Registry(group).describe(name) for group, names in wanted.items() for name in names]

@@ -103,20 +103,8 @@ class Trials:
         made = connection.execute(new, [same | {"number": number} for number in numbers.values()])
         by_number = {one.number: one.trial_id for one in made}
         ids = {key: by_number[number] for key, number in numbers.items()}
-        kinds = {axis.name: _distribution(axis) for axis in axes}
-        told = {name: distribution_to_json(distribution) for name, distribution in kinds.items()}
-        params = [
-            {
-                "trial_id": ids[row.key],
-                "param_name": name,
-                "param_value": kinds[name].to_internal_repr(value),
-                "distribution_json": told[name],
-            }
-            for row in rows
-            for name, value in row.params.items()
-        ]
-        if params:
-            connection.execute(sa.insert(_params), params)
+        if axes:
+            connection.execute(sa.insert(_params), _parameters({ids[row.key]: row.params for row in rows}, axes))
         user, system = {}, {}
         for row, point in zip(rows, points, strict=True):
             handed_over = {name: value for name, value in row.chosen.items() if name not in row.params}
@@ -212,6 +200,22 @@ class Trials:
         old = (_user.c.trial_id.in_(list(attributes)), _user.c.key.in_(names))
         connection.execute(sa.delete(_user).where(*old))
         connection.execute(sa.insert(_user), _records(attributes))
+
+
+def _parameters(chosen: Mapping[int, Mapping[str, Value]], axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    """The parameters of trials, by their ids, as Optuna's table has them."""
+    kinds = {axis.name: _distribution(axis) for axis in axes}
+    told = {name: distribution_to_json(distribution) for name, distribution in kinds.items()}
+    return [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": kinds[name].to_internal_repr(value),
+            "distribution_json": told[name],
+        }
+        for trial_id, params in chosen.items()
+        for name, value in params.items()
+    ]
 
 
 def _records(attributes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
