@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from bpf import api
-from bpf.cluster.carrier import carried
+from bpf.cluster.carrier import carried, new_post
 from bpf.cluster.desk import Desk
 from bpf.cluster.remote import Line, Pulse, RemoteFiles, RemoteStudy, Send
 from bpf.experiment.grid import expand
@@ -456,9 +456,8 @@ def measure(
             if through == "desk":
                 crowds = [stack.enter_context(crowd_here(partial(at_desk, watched.answer, directory), seats, outcomes))]
             else:
-                from bpf.cluster import post as posted
-
-                post = stack.enter_context(carried(ray, posted.Post, watched.answer))
+                post = new_post(ray)
+                stack.enter_context(carried(ray, post, watched.answer))
                 crowds = [stack.enter_context(crowd_in_actor(ray, post, directory, part, outcomes)) for part in parts]
         begun = time.monotonic()
         _all(crowds, "connect")
@@ -622,9 +621,8 @@ def files(through: str, seconds: float, ray: Any, directory: Path) -> dict[str, 
             storing = [pool.submit(stored_bytes, desk.answer, name, begun + seconds) for name in names]
             stored = [one.result() for one in storing]
         else:
-            from bpf.cluster import post as posted
-
-            post = stack.enter_context(carried(ray, posted.Post, desk.answer))
+            post = new_post(ray)
+            stack.enter_context(carried(ray, post, desk.answer))
             actors = [ray.remote(RayCrowd).options(num_cpus=0).remote(post, directory, [], []) for _ in names]
             ray.get([actor.do.remote("connect") for actor in actors])
             begun = time.monotonic()

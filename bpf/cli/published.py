@@ -25,6 +25,7 @@ from bpf.cli.arguments import (
 from bpf.cli.session import check_targets, observer, show_rows, train_all
 from bpf.cli.training import effort_of, warm_up
 from bpf.console.screen import say
+from bpf.extras import importing
 
 
 def reproduce(
@@ -89,10 +90,6 @@ def reproduce(
 
     if name is None:
         return _list(as_json)
-    from bpf import api
-    from bpf.console import tables
-    from bpf.experiment.settings import stored_grid
-
     effort = effort_of(workers, device, checkpoint_every, max_hours, on, workers_per_gpu)
     check_targets(notify)
     grid = published.read(name)
@@ -102,6 +99,11 @@ def reproduce(
         grid = published.quick(grid)
     if not dry_run:
         warm_up(effort, grid.device)
+    with importing():
+        from bpf import api
+        from bpf.console import tables
+        from bpf.experiment.settings import stored_grid
+
     changed = {"executions_per_trial": executions, "dataset": dataset}
     written = grid.model_dump(mode="json") | {field: value for field, value in changed.items() if value is not None}
     grid = stored_grid(written)

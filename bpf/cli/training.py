@@ -33,6 +33,7 @@ from bpf.cli.options import is_value, merge, with_spec_options
 from bpf.cli.session import check_targets, command_line, interruptible, observer, show_ranking, show_run, train_all
 from bpf.console.screen import tell
 from bpf.errors import UsageError
+from bpf.extras import importing
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
 from bpf.spec.run import RunSpec, digest
@@ -91,9 +92,10 @@ def tune(
         warm_up(effort, grid.device)
     place = place_of(storage, experiment_name, checkpoints, keep_checkpoints)
     effort.check_storage(place.storage)
-    from bpf import api
-    from bpf.console import tables
-    from bpf.experiment import handover
+    with importing():
+        from bpf import api
+        from bpf.console import tables
+        from bpf.experiment import handover
 
     check_targets(notify)
     directory = directory or RUNS / f"{_slug(grid.dataset)}-{'+'.join(grid.algorithm)}-{grid.objective}"
@@ -130,7 +132,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one network; the same command again goes on where it stopped."""
-    from bpf import api
+    with importing():
+        from bpf import api
 
     effort = effort_of("1", None, checkpoint_every, max_hours)
     check_targets(notify)
@@ -167,7 +170,8 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with an experiment where it stopped (by default the newest unfinished one in runs/)."""
-    from bpf import api
+    with importing():
+        from bpf import api
 
     effort = effort_of(workers, device, checkpoint_every, max_hours, on, workers_per_gpu)
     check_targets(notify)
@@ -206,7 +210,8 @@ def worker(
     Give the experiment's directory where it can be seen, or the `--storage` that its `bpf tune` was given. On another
     machine without a shared `--checkpoints` folder, a cohort that was begun elsewhere begins anew here.
     """
-    from bpf import api
+    with importing():
+        from bpf import api
     from bpf.experiment.bucket import place_at
     from bpf.study.database import Database
 

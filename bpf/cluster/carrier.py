@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from bpf.cluster.post import Post
 from bpf.cluster.wire import is_report
 
 TAKE_SECONDS = 1.0
@@ -17,10 +18,14 @@ ANSWERING, HEARING = 8, 2
 one whose report waited with them would be taken for dead."""
 
 
+def new_post(ray: Any) -> Any:
+    """An actor that carries questions, which Ray starts again when it dies."""
+    return ray.remote(Post).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000).remote()
+
+
 @contextmanager
-def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, bytes]]) -> Iterator[Any]:
-    """The actor of `post` that workers ask, whose questions `desk` answers meanwhile."""
-    actor = ray.remote(post).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000).remote()
+def carried(ray: Any, post: Any, desk: Callable[[bytes, bytes], tuple[bytes, bytes]]) -> Iterator[None]:
+    """Meanwhile `desk` answers the questions that workers ask the `post`."""
     closing = threading.Event()
     answers: queue.SimpleQueue[tuple[str, bytes, bytes] | None] = queue.SimpleQueue()
 
@@ -31,7 +36,7 @@ def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, by
     def take() -> None:
         while not closing.is_set():
             try:
-                for asked in ray.get(actor.take.remote(TAKE_SECONDS), timeout=LOST_SECONDS):
+                for asked in ray.get(post.take.remote(TAKE_SECONDS), timeout=LOST_SECONDS):
                     (hearing if is_report(asked[1]) else pool).submit(answer, *asked)
             except Exception:  # Ray starts it again
                 closing.wait(PAUSE_SECONDS)
@@ -42,18 +47,18 @@ def carried(ray: Any, post: type, desk: Callable[[bytes, bytes], tuple[bytes, by
             while not answers.empty() and (answered := answers.get()) is not None:
                 batch.append(answered)
             with suppress(Exception):
-                actor.give.remote(batch)
+                post.give.remote(batch)
 
     with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool, ThreadPoolExecutor(HEARING, "bpf-desk") as hearing:
         threads = [threading.Thread(target=each, name="bpf-post", daemon=True) for each in (take, give)]
         for thread in threads:
             thread.start()
         try:
-            yield actor
+            yield
         finally:
             closing.set()
             answers.put(None)
             with suppress(Exception):
-                ray.kill(actor)
+                ray.kill(post)
             for thread in threads:
                 thread.join(LOST_SECONDS)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bpf.cluster import post as posted
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk, Guest
 from bpf.cluster.engine import Engine, Gone, said
@@ -102,7 +101,8 @@ class Driver:
             self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
         try:
             self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
-            with carried(self._ray, posted.Post, self._desk.answer) as self._post:
+            self._post = self.engine.post()
+            with carried(self._ray, self._post, self._desk.answer):
                 try:
                     self._go_on()
                 finally:

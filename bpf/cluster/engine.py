@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from bpf.cluster import post
+from bpf.cluster.carrier import new_post
 from bpf.cluster.nodes import Node, kinds
 from bpf.errors import BpfError, RunError, UsageError
 from bpf.extras import need
@@ -57,6 +58,7 @@ class Engine:
         named = os.environ.get("RAY_ADDRESS", "")
         self._address = named if on == AUTO and ":" in named else on
         self._ready_made: list[tuple[str, Any]] = []
+        self._post: Any = None
         self._environment: dict[str, str | None] = {}
         self._failure: BaseException | None = None
         self._ready, self._closing = threading.Event(), threading.Event()
@@ -153,6 +155,11 @@ class Engine:
         resources = {"num_cpus": 1} if kind == "cpu" else {"num_cpus": 0, "num_gpus": share}
         return self.ray.remote(post.Seat).options(max_restarts=-1, **resources).remote()
 
+    def post(self) -> Any:
+        """A new post, which needs no processor core."""
+        made, self._post = self._post, None
+        return made or new_post(self.ray)
+
     def let_go(self, actor: Any) -> None:
         with suppress(Exception):
             self.ray.kill(actor)
@@ -163,7 +170,7 @@ class Engine:
             self.let_go(self._ready_made.pop()[1])
 
     def _make_ready(self) -> None:
-        """Let some workers begin their imports: they take as long as Ray takes to start."""
+        """Let some workers begin their imports, and the post: they take as long as Ray takes to start."""
         nodes = self.nodes()
         made: list[tuple[str, Any]] = []
         for kind in kinds(self.device, nodes):
@@ -171,7 +178,7 @@ class Engine:
             made += [(kind, self.actor(kind)) for _ in range(min(room, self.workers or room, READY) - len(made))]
         for _, actor in made:
             actor.prepare.remote()
-        self._ready_made = made
+        self._ready_made, self._post = made, new_post(self.ray) if made else None
 
     def _live(self) -> None:
         # Ray prints what it has to say of nodes, whatever is asked of it, and also where JSON is to go.
@@ -267,22 +274,24 @@ def connected(on: str, workers: int | None, device: str, per_gpu: int) -> Iterat
 
 @contextmanager
 def _fewer_processes(ray: Any) -> Iterator[None]:
-    """Let Ray start neither what shows logs here nor what adds machines: they take a second of its start.
+    """Let Ray start neither what shows logs here, nor what adds machines, nor the server of a dashboard that is not
+    there: they take two seconds of its start.
 
     Not public, so it may be missing: then they run, and do nothing.
     """
     try:
-        parameter = ray._private.parameter
-        usual = parameter.RayParams
-        usual(include_log_monitor=False, no_monitor=True)
+        parameter, services = ray._private.parameter, ray._private.services
+        parameters, server = parameter.RayParams, services.start_api_server
+        parameters(include_log_monitor=False, no_monitor=True)
     except (AttributeError, TypeError):
         yield
         return
-    parameter.RayParams = partial(usual, include_log_monitor=False, no_monitor=True)
+    parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)
+    services.start_api_server = lambda *given, **named: ("", None)
     try:
         yield
     finally:
-        parameter.RayParams = usual
+        parameter.RayParams, services.start_api_server = parameters, server
 
 
 def _take_signals_back() -> None:

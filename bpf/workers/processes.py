@@ -20,14 +20,8 @@ from typing import Any
 
 from bpf.interrupts import SIGNALS
 
-PRELOADED = (
-    "bpf.workers.process",
-    "alembic.command",  # these by Optuna, when it opens a database
-    "alembic.script",
-    "optuna.storages._rdb.models",
-    "sqlalchemy.dialects.sqlite",
-)
-"""What workers need. All but the first are imported on first use, which would be in each of them anew."""
+PRELOADED = ("bpf.workers.process", "sqlalchemy.dialects.sqlite")
+"""What workers need. The second is imported on first use, which would be in each of them anew."""
 
 _ONE_AT_A_TIME = threading.RLock()
 """What is put in place while a process starts belongs to the whole program."""
