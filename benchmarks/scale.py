@@ -59,7 +59,8 @@ from bpf.study import owner as owners
 from bpf.study.cells import Cell, Claim, Finished, Row
 from bpf.study.database import Database
 from bpf.study.holder import Progress
-from bpf.study.seam import Fenced
+from bpf.study.patience import Unreachable
+from bpf.study.seam import PATIENCE_SECONDS, Fenced, patiently
 from bpf.study.study import Study
 from bpf.workers.events import Began, Ended, Event, Trained
 from bpf.workers.files import Folder
@@ -134,7 +135,9 @@ def at_desk(send: Send, folder: Path, seat: str) -> Reached:
 
 
 def at_server(url: str, folder: Path, seat: str) -> Reached:
-    return Reached(Study.open(Database.at(url), NAME), Folder(folder))
+    study = patiently(lambda: Study.open(Database.at(url), NAME), Unreachable, PATIENCE_SECONDS, lambda reason: None)
+    study.patience = PATIENCE_SECONDS
+    return Reached(study, Folder(folder))
 
 
 class Crowd:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +28,7 @@ from optuna.trial import TrialState
 
 from bpf import api
 from bpf.cli import app as cli
+from bpf.cluster.remote import Line
 from bpf.errors import RunError, UsageError
 from bpf.experiment.directory import Experiment, Place
 from bpf.spec.grid import GridSpec
@@ -43,6 +44,7 @@ from bpf.study.view import StudyView
 from bpf.workers.events import Ended, Event, Trained, Trouble
 from bpf.workers.job import Job, Terms
 from bpf.workers.worker import Worker
+from clusters import needed_ray
 from invented import DIVERGED, IN_SCRIPTS, RECORD, record, result
 from servers import PostgresServer
 from waiting import SECONDS, eventually
@@ -1052,6 +1054,39 @@ def test_what_is_wrong_with_a_server_is_told_without_the_password(
         directory = f"grid-{changed.port}-{changed.database}"
         assert told("tune", directory, *GRID, "--quiet", "--storage", written) == message
         assert not list(tmp_path.glob("*/study.db"))
+
+
+def test_a_worker_on_a_cluster_waits_for_a_server_that_does_not_answer(
+    postgres_own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be busy, as many come at once; what is wrong for good is told at once."""
+    needed_ray()
+    from bpf.cluster import seated
+
+    planned(postgres_own_server.url(), [many(1)]).close()
+    told: list[str] = []
+
+    def tell(event: Event) -> None:
+        assert isinstance(event, Trouble)
+        told.append(event.text)
+        postgres_own_server.start()
+
+    def opened(database: str = "bpf") -> Study:
+        order = {"storage": postgres_own_server.url(database), "experiment": "mine", "seat": "1-1"}
+        study: Study = seated._study(order, Line(lambda asked, payload: (b"", b"")), tell)
+        return study
+
+    postgres_own_server.stop()
+    with closing(opened()) as study:
+        assert study.counts()["pending"] == 1
+    assert ["cannot be used" in text for text in told] == [True]
+    with pytest.raises(UsageError, match=r"does not exist.* Each node reaches the server by itself"):
+        opened("nowhere")
+    monkeypatch.setattr(seated, "REACH_SECONDS", 0.0)
+    postgres_own_server.stop()
+    with pytest.raises(UsageError, match=r"Connection refused.* Each node reaches the server by itself"):
+        opened()
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,6 +17,8 @@ from bpf.errors import BpfError, UsageError
 from bpf.experiment.bucket import Bucket
 from bpf.experiment.places import belongs
 from bpf.interrupts import Interrupted
+from bpf.study.seam import patiently
+from bpf.workers.events import Event, Trouble
 from bpf.workers.files import Folder, Stored
 from bpf.workers.job import Terms
 from bpf.workers.stopping import CutShort, Stop
@@ -24,6 +26,8 @@ from bpf.workers.worker import Worker
 
 ANSWER_SECONDS = 60.0
 """After so long a question is asked again: it, or its answer, may have been lost."""
+REACH_SECONDS = 30.0
+"""So long a worker tries to reach the server of the study, before its node counts as one that cannot."""
 
 
 def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
     pulse = Pulse(Line(send), me, stop)
     try:
         line = Line(send)
-        with closing(_study(order, line)) as study:
+        with closing(_study(order, line, pulse.tell)) as study:
             facts = {"node": address, **order["facts"], **_gpu()}
             terms = Terms(order["device"], order["sharers"], order["checkpoint_seconds"], facts)
             worker = Worker(study, _files(order, line), _data(order), terms, pulse.tell, stop)
@@ -74,15 +78,19 @@ def _sending(post: Any) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
     return send
 
 
-def _study(order: dict[str, Any], line: Line) -> Any:
-    """The study on its server, or at the desk."""
+def _study(order: dict[str, Any], line: Line, tell: Callable[[Event], object]) -> Any:
+    """The study at the desk, or on its server, which may be busy when many workers come at once."""
     if order["storage"] is None:
         return RemoteStudy(line, order["seat"])
     from bpf.study.database import Database
+    from bpf.study.patience import Unreachable
     from bpf.study.study import Study
 
-    try:
+    def opened() -> Study:
         return Study.open(Database.at(order["storage"]), order["experiment"])
+
+    try:
+        return patiently(opened, Unreachable, REACH_SECONDS, lambda reason: tell(Trouble(reason)))
     except UsageError as error:
         raise UsageError(
             f"{error} Each node reaches the server by itself: it must be reachable from there, with the password in "

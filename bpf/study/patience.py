@@ -35,6 +35,10 @@ class Patient(Protocol):
 Someone = TypeVar("Someone", bound=Patient)
 
 
+class Unreachable(UsageError):
+    """The server of a study does not answer: it may be busy, or not be there at all."""
+
+
 class Passing(RunError):
     """A failure of the database that time mends."""
 
@@ -118,4 +122,5 @@ def _explanation(database: Database, error: BaseException) -> BpfError:
         cure = "Create it on the server, or check the URL."
     else:
         cure = "Check that the server runs and can be reached from here."
+        return Unreachable(f"The study database {database} cannot be used: {said}. {cure}")
     return UsageError(f"The study database {database} cannot be used: {said}. {cure}")
