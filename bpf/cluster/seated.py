@@ -18,7 +18,7 @@ from bpf.experiment.bucket import Bucket
 from bpf.experiment.places import belongs
 from bpf.interrupts import Interrupted
 from bpf.study.seam import patiently
-from bpf.workers.events import Event, Trouble
+from bpf.workers.events import Trouble
 from bpf.workers.files import Folder, Stored
 from bpf.workers.job import Terms
 from bpf.workers.stopping import CutShort, Stop
@@ -37,9 +37,15 @@ def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
     stop, send = Stop(), _sending(post)
     me = {"seat": order["seat"], "node": ray.get_runtime_context().get_node_id(), "where": where}
     pulse = Pulse(Line(send), me, stop)
+
+    def wait(reason: str) -> None:
+        pulse.tell(Trouble(reason))
+        if stop.asked:
+            raise stop.interruption()
+
     try:
         line = Line(send)
-        with closing(_study(order, line, pulse.tell)) as study:
+        with closing(_study(order, line, wait)) as study:
             facts = {"node": address, **order["facts"], **_gpu()}
             terms = Terms(order["device"], order["sharers"], order["checkpoint_seconds"], facts)
             worker = Worker(study, _files(order, line), _data(order), terms, pulse.tell, stop)
@@ -78,7 +84,7 @@ def _sending(post: Any) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
     return send
 
 
-def _study(order: dict[str, Any], line: Line, tell: Callable[[Event], object]) -> Any:
+def _study(order: dict[str, Any], line: Line, wait: Callable[[str], object]) -> Any:
     """The study at the desk, or on its server, which may be busy when many workers come at once."""
     if order["storage"] is None:
         return RemoteStudy(line, order["seat"])
@@ -90,7 +96,7 @@ def _study(order: dict[str, Any], line: Line, tell: Callable[[Event], object]) -
         return Study.open(Database.at(order["storage"]), order["experiment"])
 
     try:
-        return patiently(opened, Unreachable, REACH_SECONDS, lambda reason: tell(Trouble(reason)))
+        return patiently(opened, Unreachable, REACH_SECONDS, wait)
     except UsageError as error:
         raise UsageError(
             f"{error} Each node reaches the server by itself: it must be reachable from there, with the password in "
