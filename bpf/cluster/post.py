@@ -59,14 +59,13 @@ class Seat:
 
     def prepare(self) -> None:
         """Import what a worker needs; what cannot be imported is told when there is work."""
-        import gc
         from contextlib import suppress
 
-        gc.disable()  # what is imported stays: looking for garbage would take a tenth of the time
         with suppress(Exception):
-            import bpf.cluster.seated  # noqa: F401
-        gc.freeze()
-        gc.enable()
+            from bpf.extras import importing
+
+            with importing():
+                import bpf.cluster.seated  # noqa: F401
 
     def work(self, order: dict[str, Any], post: Any) -> dict[str, Any]:
         """Train until nothing is left to claim; returns how the worker ended.
