@@ -417,6 +417,23 @@ def test_only_so_much_of_a_mark_is_read(invented: type[Invented], monkeypatch: p
         there.check(MARK)
 
 
+def test_a_bucket_that_is_not_there(bpf: Command, invented: type[Invented], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object store shows nothing there, as in a new folder. The directory would remember it."""
+    monkeypatch.setattr(bucket, "BUCKETS", {"invented"})
+    told = "there is no 'shared' in that store. Make it first, or choose another place with --checkpoints."
+    assert bpf("tune", "ex", *GRID, "--checkpoints", "invented://shared/folder") == (
+        2,
+        f"Error: invented://shared/folder/ex: {told}\n",
+    )
+    assert (stored(), Path("ex").exists()) == ({}, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Invented, "info", lambda self, path: self._meet())
+        Invented.troubles = iter([PermissionError("of this folder only")])
+        assert not Bucket("invented://shared/folder", "ex").check(MARK)
+    invented().mkdir("/shared")
+    assert not Bucket("invented://shared/folder", "ex").check(MARK)
+
+
 def test_an_experiment_of_the_same_name(
     bpf: Command, invented: type[Invented], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +534,21 @@ def test_a_checkpoint_that_is_no_file(bpf: Command, store: Path, tmp_path: Path,
     assert secret.read_text() == "my key"
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_of_a_server_that_shows_them_as_files(
+    invented: type[Invented], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    there = Bucket("invented://shared", "ex")
+    there.take(MARK)
+    (tmp_path / "mark").symlink_to("secret") if kind == "link" else os.mkfifo(tmp_path / "mark")
+    monkeypatch.setattr(there, "_kind", "sftp")
+    monkeypatch.setattr(
+        there._fs, "ftp", SimpleNamespace(lstat=lambda place: (tmp_path / "mark").lstat()), raising=False
+    )
+    with pytest.raises(UsageError, match="is no ordinary file"):
+        there.check(MARK)
+
+
 def test_a_folder_that_an_object_store_shows_as_an_empty_object(invented: type[Invented]) -> None:
     there = Bucket("invented://shared", "ex")
 
@@ -598,6 +630,53 @@ def test_a_store_that_cannot_be_reached_at_first(bpf: Command, store: Path) -> N
     assert not Path("ex").exists()
 
 
+def test_a_connection_that_breaks_is_made_again(
+    invented: type[Invented], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is kept would fail until nobody waits any more, though the store is there again."""
+    there, path = Bucket("invented://shared", "ex"), tmp_path / "0123456789abcdef.pt"
+    path.write_bytes(b"whole")
+    made = list[Any]()
+
+    def connect(self: Invented, **options: object) -> None:
+        MemoryFileSystem.__init__(self, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Invented, "__init__", connect)
+
+    def broken(*arguments: object) -> None:
+        raise OSError("Socket is closed")
+
+    there.take(MARK)
+    [first] = made
+    first.put_file = broken
+    with pytest.raises(RunError, match="cannot be reached: Socket is closed"):
+        there.put(path)
+    there.put(path)
+    there.fetch(path)
+    assert len(made) == 2
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_store_that_is_away_when_a_worker_begins_is_waited_for(
+    invented: type[Invented], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are connected to as soon as fsspec has them."""
+    troubles = iter([OSError("Connection refused")] * 2)
+
+    def connect(self: Invented, **options: object) -> None:
+        for trouble in troubles:
+            raise trouble
+        MemoryFileSystem.__init__(self, **options)
+
+    monkeypatch.setattr(Invented, "__init__", connect)
+    files, said = Stored(Folder(tmp_path), Bucket("invented://shared", "ex")), list[str]()
+    files.on_wait = said.append
+    assert not files.checkpoint("0123456789abcdef").exists()
+    assert len(said) == 2
+    files.close()
+
+
 def test_a_stop_while_a_store_is_waited_for(bpf: Command, invented: type[Invented]) -> None:
     interrupted(bpf, "invented://shared")
     away = OSError("no route to host")
@@ -649,6 +728,7 @@ def test_a_store_that_renames_onto_nothing(tmp_path: Path) -> None:
         ("local://x", "--checkpoints local://x: after local:// comes a whole path. Write local:///PATH."),
         ("local:///", "--checkpoints local:///: no folder is named. Write local://FOLDER."),
         ("memory://", "--checkpoints memory://: no folder is named. Write memory://FOLDER."),
+        ("hdfs://host", "--checkpoints hdfs://host: no folder is named. Write hdfs://HOST/FOLDER."),
         ("://x", "--checkpoints ://x: one store is to be named, as in s3://BUCKET/FOLDER."),
         (
             "simplecache::memory://x",

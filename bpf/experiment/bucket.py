@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,10 @@ OBJECT_STORES = {
     "hf": "huggingface_hub",
 }
 """What fsspec needs for the object stores, in which a file is there when it is there whole."""
+BUCKETS = OBJECT_STORES.keys() - {"hf"}
+"""Where the first part of a path is a bucket, or a container, that somebody has to make."""
 PACKAGES = OBJECT_STORES | {"sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "hdfs": "pyarrow"}
+SSH = ("sftp", "ssh")
 _MARK: TypeAdapter[Mark] = TypeAdapter(Mark)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.IGNORECASE | re.DOTALL)
 _NEARLY = re.compile(r"([a-z][a-z0-9+.-]+):/*(.*)", re.IGNORECASE | re.DOTALL)
@@ -83,6 +87,8 @@ def check_url(url: str) -> str:
         raise _missing(url, error) from error
     if not place or (kind in OBJECT_STORES and place.startswith("/")):
         raise UsageError(f"{told}: no folder is named. Write {kind}://{'BUCKET/' * (kind in OBJECT_STORES)}FOLDER.")
+    if kind in PACKAGES.keys() - OBJECT_STORES.keys() and not place.partition("/")[2]:
+        raise UsageError(f"{told}: no folder is named. Write {kind}://HOST/FOLDER.")
     if kind == "local" and not Path(place).is_absolute():
         raise UsageError(f"{told}: after local:// comes a whole path. Write local:///PATH.")
     return f"{kind}://{place}"
@@ -98,10 +104,14 @@ class Bucket:
         import fsspec
 
         self.url = f"{url.rstrip('/')}/{experiment}"
-        self._whole = url.partition("://")[0].lower() in OBJECT_STORES
-        with self._explaining():
-            self._fs, root = fsspec.core.url_to_fs(url)
-            self._root = f"{root.rstrip('/')}/{experiment}"  # beyond what fsspec would read in an experiment's name
+        self._above, self._name = url, experiment
+        self._kind = url.partition("://")[0].lower()
+        self._whole = self._kind in OBJECT_STORES
+        self._connection: tuple[Any, str] | None = None
+        try:
+            fsspec.get_filesystem_class(self._kind)
+        except ImportError as error:
+            raise _missing(self.url, error) from error
 
     def at(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -113,6 +123,8 @@ class Bucket:
         """
         with self._explaining():
             there = self._listed()
+            if not there:
+                self._check_bucket()
             if MARKER in there and self._is_marked(mark):
                 return True
             begun = {name for name in there if (found := TEMPORARY.fullmatch(name)) and found[1] == MARKER}
@@ -161,6 +173,45 @@ class Bucket:
         with self._explaining(), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
+    @property
+    def _fs(self) -> Any:
+        return self._reached()[0]
+
+    @property
+    def _root(self) -> str:
+        return self._reached()[1]
+
+    def _reached(self) -> tuple[Any, str]:
+        """The store and the folder in it, with a connection of this bucket's own if the store has connections."""
+        if self._connection is None:
+            import fsspec
+
+            fs, root = fsspec.core.url_to_fs(self._above, skip_instance_cache=True)
+            self._connection = fs, f"{root.rstrip('/')}/{self._name}"  # beyond what fsspec would read in a name
+        return self._connection
+
+    def _disconnect(self) -> None:
+        """Forget a connection after a failure: one that has broken stays so."""
+        connection, self._connection = self._connection, None
+        if connection and self._kind in SSH:
+            with suppress(Exception):
+                connection[0].client.close()  # else it would stay open if it has not broken
+
+    def _check_bucket(self) -> None:
+        """Where there is no bucket an object store shows nothing, as where it has nothing yet."""
+        if self._kind not in BUCKETS:
+            return
+        bucket = self._root.strip("/").partition("/")[0]
+        try:
+            self._fs.info(bucket)
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{self.url}: there is no {bucket!r} in that store. Make it first, or choose another place with "
+                "--checkpoints."
+            ) from error
+        except Exception:  # who may use a folder need not be allowed to ask for all
+            return
+
     def _listed(self) -> dict[str, int]:
         self._fs.invalidate_cache()
         try:
@@ -186,7 +237,10 @@ class Bucket:
         """A file to read, which is a file: a link may stand for any other, and a pipe never ends."""
         place = f"{self._root}/{name}"
         about = self._fs.info(place)
-        if about.get("type", "file") != "file" or about.get("islink"):
+        ordinary = about.get("type", "file") == "file" and not about.get("islink")
+        if self._kind in SSH:  # whose description is that of what a link stands for, and a pipe is a file in it
+            ordinary = stat.S_ISREG(self._fs.ftp.lstat(place).st_mode)
+        if not ordinary:
             raise UsageError(f"{self.at(name)} is no ordinary file, and bpf reads nothing else. Remove it.")
         return self._fs.open(place, "rb")
 
@@ -236,6 +290,7 @@ class Bucket:
         except ImportError as error:
             raise _missing(self.url, error) from error
         except Exception as error:
+            self._disconnect()
             reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             raise RunError(f"The checkpoints at {self.url} cannot be reached: {reason}.") from error
 
