@@ -174,6 +174,7 @@ def run(
             for device in devices[: max(1, outset.open)]
         ]
         if not outset.open:
+            _tidy(experiment, study)
             with observe(outset):
                 return
         stop = Stop(effort.max_hours)
@@ -187,6 +188,17 @@ def run(
             else:
                 del loaded
                 supervisor.Supervisor(jobs, study, observer, stop).run()
+        _tidy(experiment, study)
+
+
+def _tidy(experiment: Experiment, study: "Study") -> None:
+    """Remove what those that were killed after their last cells could not."""
+    from bpf.workers.files import Folder
+    from bpf.workers.worker import discard_models
+
+    study.repair()
+    for rule in experiment.grid.algorithm:
+        discard_models(study, Folder(experiment.files), rule)
 
 
 def _cluster(effort: Effort, device: str, experiment: Experiment) -> "AbstractContextManager[Engine | None]":

@@ -22,7 +22,7 @@ class PostgresServer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = _free_port()
+        self.port = free_port()
         self.password = secrets.token_hex(16)
 
     @staticmethod
@@ -166,7 +166,7 @@ def _other_user() -> pwd.struct_passwd | None:
     return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the ports that the system gives to outgoing connections.
 
     While the server is stopped, a client that tries again and again could otherwise be given the server's own port,

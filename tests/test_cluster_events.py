@@ -124,7 +124,7 @@ def test_nodes_come_and_go_and_the_driver_dies(tmp_path: Path, nodes: Nodes) -> 
         eventually(lambda: len(driver.workers()) == 2 or driver.ends())
         os.kill(driver.workers()[0], signal.SIGKILL)
         before = finished(driver)
-        eventually(lambda: finished(driver) > before or driver.ends())
+        eventually(lambda: (finished(driver) > before and "is started again" in driver.output) or driver.ends())
         assert not driver.ends(), driver.output
         driver.kill()
     assert 0 < finished(driver) < 36

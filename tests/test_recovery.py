@@ -253,3 +253,19 @@ def test_a_resume_really_continues_and_does_not_start_over(tmp_path: Path, monke
     monkeypatch.setattr(Cohort, "run_epoch", lambda self: (epochs.append(self.epoch), original(self)))
     assert run("resume", str(directory), "--quiet") == 0
     assert epochs == [3, 4]
+
+
+def test_what_the_last_process_left_when_it_was_killed_is_removed(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    directory = tmp_path / "grid"
+    assert run("tune", str(directory), *GRID, "--workers", "1") == 0
+    [best] = (directory / "models/bp").iterdir()
+    rows = summary.rows(open_experiment(directory))
+    worse = next(row.key for row in rows if row.rule == "bp" and row.key != best.stem)
+    foreign = directory / "locks/mine.lock"
+    for path in (directory / f"models/bp/{worse}.safetensors", directory / "locks/0123456789abcdef.lock", foreign):
+        path.touch()
+    assert run("resume", str(directory), "--quiet") == 0
+    assert list((directory / "models/bp").iterdir()) == [best]
+    assert sorted(path.name for path in (directory / "locks").iterdir()) == ["making-tables", "mine.lock"]
+    foreign.unlink()
+    assert_undisturbed(directory, undisturbed)

@@ -14,7 +14,7 @@ from bpf.errors import UsageError
 from bpf.experiment.bucket import Bucket
 from bpf.experiment.directory import open_experiment
 from bpf.experiment.places import MARKER, Mark
-from servers import _free_port
+from servers import free_port
 from test_workers import Process, Troubled, outcomes, start, troubled  # noqa: F401 - fixtures
 from waiting import eventually
 
@@ -29,7 +29,7 @@ def endpoint() -> Iterator[str]:
     """The server's address. It holds everything in memory, and has a bucket `shared`."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    address = f"http://127.0.0.1:{(port := _free_port())}"
+    address = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-c", "import sys; from moto.server import main; main(sys.argv[1:])"]
     log = subprocess.DEVNULL
     server = subprocess.Popen([*command, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)

@@ -3,14 +3,16 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from bpf.cluster.post import Post
 from bpf.cluster.wire import is_report
 
-TAKE_SECONDS = 1.0
+EXCHANGE_SECONDS = 10.0
+SOON_SECONDS = 0.02
+"""So long the answers to what was asked are waited for: most are there by then, and go as the next questions come."""
 PAUSE_SECONDS = 0.2
 LOST_SECONDS = 60.0
 ANSWERING, HEARING = 8, 2
@@ -27,38 +29,43 @@ def new_post(ray: Any) -> Any:
 def carried(ray: Any, post: Any, desk: Callable[[bytes, bytes], tuple[bytes, bytes]]) -> Iterator[None]:
     """Meanwhile `desk` answers the questions that workers ask the `post`."""
     closing = threading.Event()
-    answers: queue.SimpleQueue[tuple[str, bytes, bytes] | None] = queue.SimpleQueue()
+    asking = threading.Event()
+    """Set while the post is asked for questions: an answer does not wait for these, and goes by itself."""
+    answers: queue.SimpleQueue[tuple[str, bytes, bytes]] = queue.SimpleQueue()
+
+    def drained() -> list[tuple[str, bytes, bytes]]:
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(answers.get_nowait())
+        return found
 
     def answer(ticket: str, question: bytes, payload: bytes) -> None:
         with suppress(Exception):  # whoever asked asks again
             answers.put((ticket, *desk(question, payload)))
+            if asking.is_set() and (late := drained()):
+                post.give.remote(late)
 
-    def take() -> None:
+    def exchange() -> None:
         while not closing.is_set():
+            asking.set()  # before it is looked for answers, so that none is left behind
             try:
-                for asked in ray.get(post.take.remote(TAKE_SECONDS), timeout=LOST_SECONDS):
-                    (hearing if is_report(asked[1]) else pool).submit(answer, *asked)
+                questions = ray.get(post.exchange.remote(drained(), EXCHANGE_SECONDS), timeout=LOST_SECONDS)
             except Exception:  # Ray starts it again
                 closing.wait(PAUSE_SECONDS)
-
-    def give() -> None:
-        while (answered := answers.get()) is not None:
-            batch = [answered]
-            while not answers.empty() and (answered := answers.get()) is not None:
-                batch.append(answered)
-            with suppress(Exception):
-                post.give.remote(batch)
+                continue
+            asking.clear()
+            wait(
+                [(hearing if is_report(asked[1]) else pool).submit(answer, *asked) for asked in questions], SOON_SECONDS
+            )
 
     with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool, ThreadPoolExecutor(HEARING, "bpf-desk") as hearing:
-        threads = [threading.Thread(target=each, name="bpf-post", daemon=True) for each in (take, give)]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=exchange, name="bpf-post", daemon=True)
+        thread.start()
         try:
             yield
         finally:
             closing.set()
-            answers.put(None)
             with suppress(Exception):
                 ray.kill(post)
-            for thread in threads:
-                thread.join(LOST_SECONDS)
+            thread.join(LOST_SECONDS)

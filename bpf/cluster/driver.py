@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk, Guest
@@ -16,6 +15,7 @@ from bpf.cluster.engine import Engine, Gone, said
 from bpf.cluster.logs import NodeLogs
 from bpf.cluster.nodes import Node, kinds
 from bpf.cluster.orders import order
+from bpf.cluster.seats import Seat, Seats
 from bpf.data.cache import Data
 from bpf.errors import BpfError, RunError, UsageError
 from bpf.experiment.directory import Experiment
@@ -27,36 +27,15 @@ from bpf.workers.files import Folder
 from bpf.workers.stopping import CutShort, Stop
 from bpf.workers.supervisor import MAX_CRASHES, Crashed
 
-POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """Between two looks at the nodes and the counts of cells."""
+POLL_SECONDS = 0.5
+"""A request to stop is noticed after so long, if nothing else happens."""
 JUDGE_SECONDS = 30.0
 """After the death of a worker: so long it takes Ray to notice that its node has died, if nobody else can tell."""
-AGAIN_SECONDS = 0.5
 GRACE_SECONDS = 5.0
-
-
-@dataclass
-class Seat:
-    """A place for a worker: an actor of Ray's, and the `work` that it does now, if any.
-
-    `name` changes when the worker in it does. `again` is when an actor that was lost is asked once more. One that is
-    `unfit`, as its `node` lacks something, keeps its place there, so that Ray gives it to no other.
-    """
-
-    number: int
-    kind: str
-    actor: Any
-    attempt: int = 0
-    work: Any = None
-    again: float = 0.0
-    unfit: bool = False
-    node: str = ""
-    doing: str = "starting"
-
-    @property
-    def name(self) -> str:
-        return f"{self.number}-{self.attempt}"
+Heard = tuple[str, Event] | Seat
+"""What a worker tells, by the name of its seat; or a seat whose work has ended."""
 
 
 @dataclass
@@ -74,11 +53,9 @@ class Driver:
     effort: Effort
     observe: Observe
     stop: Stop
-    _seats: list[Seat] = field(default_factory=list)
     _nodes: list[Node] = field(default_factory=list)
     _lost: list[tuple[Seat, Guest, float]] = field(default_factory=list)
     _crashes: int = 0
-    _number: int = 0
     _cut_short: bool = False
     _worked: bool = False
     _progressed: bool = False
@@ -89,20 +66,20 @@ class Driver:
 
         Raises as `Supervisor.run` does, and UsageError for a cluster that cannot be used as it is asked for.
         """
-        self._ray = self.engine.ray
         self._nodes = self.engine.nodes()
         self._kinds = kinds(self.device, self._nodes)
-        self._heard: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._logs = NodeLogs(self.experiment.directory)
         self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
         self.study.on_wait = self._wait
         self.study.repair()
         if self.engine.dashboard:
             self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
+        orders = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
+        post = self.engine.post()
+        self._seats = Seats(self.engine, orders, post, self.effort.workers_per_gpu, self._heard.put)
         try:
-            self._order = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
-            self._post = self.engine.post()
-            with carried(self._ray, self._post, self._desk.answer):
+            with carried(self.engine.ray, post, self._desk.answer):
                 try:
                     self._go_on()
                 finally:
@@ -114,7 +91,7 @@ class Driver:
         looked = -LOOK_SECONDS
         while True:
             now = time.monotonic()
-            if now - looked >= LOOK_SECONDS or self._progressed or not self._working():
+            if now - looked >= LOOK_SECONDS or self._progressed or not self._seats.working():
                 self._progressed = False
                 looked = now
                 if not self.engine.alive:
@@ -133,14 +110,14 @@ class Driver:
 
     def _is_over(self, claimable: int, running: int) -> bool:
         """Whether nothing is left. Raises Interrupted when a request to stop has been met."""
-        if self.stop.asked and not self._working():
+        if self.stop.asked and not self._seats.working():
             if claimable or running:
                 raise CutShort if self._cut_short else self.stop.interruption()
             return True
         if claimable or running or self._lost:
             return False
         end = time.monotonic() + GRACE_SECONDS  # those that find nothing end by themselves
-        while self._working() and time.monotonic() < end:
+        while self._seats.working() and time.monotonic() < end:
             self._listen()
         return True
 
@@ -150,7 +127,7 @@ class Driver:
         """Learn which nodes have come and gone; workers on those that will go are asked to leave."""
         self._nodes = self.engine.nodes()
         leaving = {node.id for node in self._nodes if node.leaving}
-        for seat in self._working():
+        for seat in self._seats.working():
             guest = self._desk.guest(seat.name)
             if guest is not None and guest.node in leaving and self._desk.stopping is not None:
                 self._desk.stopping.add(seat.name)
@@ -159,8 +136,8 @@ class Driver:
             kind = "GPUs" if others[0].gpus else "no GPUs"
             self._tell_once(f"A node with {kind} has joined; it is not used, as the others are of another kind.")
         there = {node.id for node in self._nodes}
-        for seat in [seat for seat in self._seats if seat.unfit and seat.node not in there]:
-            self._remove(seat)
+        for seat in [seat for seat in self._seats.all if seat.unfit and seat.node not in there]:
+            self._seats.remove(seat)
         for guest in self._desk.silent():
             self._bury(guest, blame=False)
             self._tell(
@@ -170,83 +147,59 @@ class Driver:
     def _place(self, claimable: int) -> None:
         """Ask Ray for as many workers as there is room and work for."""
         for kind in self._kinds:
-            there = [seat for seat in self._seats if seat.kind == kind and not seat.unfit]
+            working = self._seats.working()
+            there = [seat for seat in working if seat.kind == kind]
             nodes = [node for node in self._nodes if not node.leaving]
             room = sum(node.seats(kind, self.effort.workers_per_gpu) for node in nodes)
-            room -= sum(seat.unfit and seat.kind == kind for seat in self._seats)
+            room -= sum(seat.unfit and seat.kind == kind for seat in self._seats.all)
             if self.effort.workers is not None:
-                room = self.effort.workers - (len(self._working()) - len(there))
+                room = self.effort.workers - (len(working) - len(there))
             idle = sum(self._desk.guest(seat.name) is None for seat in there)
             for _ in range(min(room - len(there), claimable - idle)):
-                self._start(kind)
-        if claimable and not self._seats:
+                self._seats.add(kind)
+        if claimable and not self._seats.all:
             cure = "" if self.effort.workers else " --workers N asks an autoscaler for N."
             self._tell_once(
                 f"Waiting for nodes: the {counted(len(self._nodes), 'node')} of the cluster take none.{cure}"
             )
 
-    def _start(self, kind: str) -> None:
-        self._number += 1
-        seat = Seat(self._number, kind, self.engine.actor(kind))
-        self._seats.append(seat)
-        self._ask(seat)
-
-    def _ask(self, seat: Seat) -> None:
-        """Let a worker work in a seat, as soon as Ray has placed it."""
-        seat.attempt += 1
-        gpu = {"device": "cuda:0", "sharers": self.effort.workers_per_gpu}  # Ray shows each actor the GPU that it has
-        own = {"seat": seat.name, **(gpu if seat.kind == "cuda" else {"device": "cpu", "sharers": 1})}
-        seat.work, seat.doing = seat.actor.work.remote({**self._order, **own}, self._post), "starting"
-
-    def _working(self) -> list[Seat]:
-        return [seat for seat in self._seats if not seat.unfit]
-
     def _listen(self) -> None:
-        """Hear what workers tell, and notice those that have ended."""
-        works = {seat.work: seat for seat in self._seats if seat.work is not None}
-        ended: list[Any] = []
-        if works:
-            try:
-                ended, _ = self._ray.wait(list(works), num_returns=len(works), timeout=POLL_SECONDS)
-            except Exception as error:
-                raise Gone from error
-        else:
-            time.sleep(POLL_SECONDS)
-        self._hear()
-        for work in ended:
-            self._ended(works[work])
-        for seat in self._seats:
-            if seat.work is None and not seat.unfit and not self.stop.asked and time.monotonic() >= seat.again:
-                self._ask(seat)
+        """Hear what workers tell, and notice those that have ended, as soon as there is anything."""
+        with suppress(queue.Empty):
+            heard = self._heard.get(timeout=POLL_SECONDS)
+            while True:
+                if isinstance(heard, Seat):
+                    self._ended(heard)
+                else:
+                    self._hear(*heard)
+                heard = self._heard.get_nowait()
+        if not self.stop.asked:
+            self._seats.refill()
 
-    def _hear(self) -> None:
-        seats = {seat.name: seat for seat in self._seats}
-        while True:
-            try:
-                name, event = self._heard.get_nowait()
-            except queue.Empty:
-                return
-            self._worked, self._progressed = True, self._progressed or isinstance(event, Ended)
-            if isinstance(event, Saved) or (isinstance(event, Ended) and event.state != "failed"):
-                self._crashes = 0
-            seat = seats.get(name)
-            if seat is not None and isinstance(event, Began):
-                seat.doing = f"{event.rule} with arch {event.arch}"
-            guest = self._desk.guest(name)
-            self._logs.note(guest.where if guest else "", name, event)
-            if seat is not None or not name:
-                self.observe(seat.number if seat else 0, event)
+    def _hear(self, name: str, event: Event) -> None:
+        self._worked, self._progressed = True, self._progressed or isinstance(event, Ended)
+        if isinstance(event, Saved) or (isinstance(event, Ended) and event.state != "failed"):
+            self._crashes = 0
+        seat = next((seat for seat in self._seats.all if seat.name == name), None)
+        if seat is not None and isinstance(event, Began):
+            seat.doing = f"{event.rule} with arch {event.arch}"
+        guest = self._desk.guest(name)
+        self._logs.note(guest.where if guest else "", name, event)
+        if seat is not None or not name:
+            self.observe(seat.number if seat else 0, event)
 
     def _ended(self, seat: Seat) -> None:
         """The work in a seat has ended, as the worker said, or with its process or its node."""
         work, seat.work = seat.work, None
+        if work is None or seat not in self._seats.all:  # it was let go meanwhile
+            return
         guest = self._desk.guest(seat.name)
         where = guest.where if guest else ""
         try:
-            told = self._ray.get(work)
+            told = work.result()
             seat.node, left = told.pop("node", ""), Left(**told)
-        except self._ray.exceptions.RayActorError:
-            seat.again = time.monotonic() + AGAIN_SECONDS
+        except self.engine.ray.exceptions.RayActorError:
+            self._seats.lose(seat)
             if guest is not None:
                 self._lost.append((replace(seat), guest, time.monotonic()))
                 self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
@@ -260,19 +213,15 @@ class Driver:
         if left.how in ("unfit", "failed"):
             self._unfit(seat, left)
         elif left.how == "crashed":
-            seat.again = time.monotonic() + AGAIN_SECONDS
+            self._seats.lose(seat)
             self._crashed(seat, left.text.strip().splitlines()[-1])
         else:
-            self._remove(seat)
-
-    def _remove(self, seat: Seat) -> None:
-        self._seats.remove(seat)
-        self.engine.let_go(seat.actor)
+            self._seats.remove(seat)
 
     def _unfit(self, seat: Seat, left: Left) -> None:
         """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle."""
         seat.unfit = True
-        if self._worked and any(self._desk.guest(other.name) for other in self._working()):
+        if self._worked and any(self._desk.guest(other.name) for other in self._seats.working()):
             self._tell_once(f"{left.text} It is left out.")
             return
         error = UsageError(left.text) if left.how == "unfit" else BpfError(left.text)
@@ -304,7 +253,7 @@ class Driver:
 
     def _crashed(self, seat: Seat, reason: str) -> None:
         self._crashes += 1
-        if self._crashes >= max(MAX_CRASHES, len(self._seats)):
+        if self._crashes >= max(MAX_CRASHES, len(self._seats.all)):
             raise Crashed(
                 f"{self._crashes} workers in a row have crashed, the last one {reason}, while {seat.doing}. "
                 "Nothing finished is lost."
@@ -316,9 +265,9 @@ class Driver:
         if not self.stop.asked:
             return
         self._desk.stopping = None
-        for seat in self._working():
+        for seat in self._seats.working():
             if seat.work is None or self._desk.guest(seat.name) is None:  # lost, or not placed yet
-                self._remove(seat)
+                self._seats.remove(seat)
 
     def _end_all(self) -> None:
         """Let everything go; after an error or a second Ctrl-C, what is not stored now is trained again."""
@@ -327,7 +276,7 @@ class Driver:
             with suppress(RunError):
                 self.study.repair(False, tokens)
         self._desk.close()
-        for seat in self._seats if self.engine.alive else ():
+        for seat in self._seats.all if self.engine.alive else ():
             self.engine.let_go(seat.actor)
 
     # What is told.

@@ -33,8 +33,9 @@ class Post:
         finally:
             self._waiting.pop(ticket, None)
 
-    async def take(self, seconds: float) -> list[tuple[str, bytes, bytes]]:
-        """The questions that nobody has taken: as soon as there are any, or none after so many seconds."""
+    async def exchange(self, answers: list[tuple[str, bytes, bytes]], seconds: float) -> list[tuple[str, bytes, bytes]]:
+        """Give answers; returns the questions that nobody has taken: as soon as there are any, or none in the end."""
+        await self.give(answers)
         try:
             await asyncio.wait_for(self._something.wait(), seconds)
         except TimeoutError:

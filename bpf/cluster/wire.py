@@ -8,8 +8,8 @@ from bpf.study.cells import Row
 
 PART_BYTES = 2**25
 """So much of a file goes with one question."""
-REPORT_SECONDS, REPORTS_A_SECOND = 1.0, 50
-"""A worker reports once a second, or more seldom where so many are at work that there would be too many reports."""
+REPORT_SECONDS, REPORTS_A_SECOND = 2.0, 50
+"""A worker reports every two seconds, or more seldom where so many are at work that there would be too many reports."""
 
 
 class Unsized(Exception):

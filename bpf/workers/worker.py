@@ -49,6 +49,18 @@ LEAST_PAUSE = 10
 """So many times as long as a checkpoint took to store, it is trained before the next one, unless each epoch has one."""
 
 
+def discard_models(study: WorkerStudy[Any], files: Files, rule: str) -> None:
+    """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
+
+    The best is looked for last: what had finished by then and is not the best will never be it, whatever other workers
+    finish meanwhile.
+    """
+    finished = study.finished(files.models(rule))
+    best = study.best(rule)
+    for key in finished - ({best[0]} if best is not None else finished):
+        files.discard_model(rule, key)
+
+
 @dataclass
 class Worker:
     """One process's work on an experiment, whose cells and files are wherever `study` and `files` have them."""
@@ -245,7 +257,7 @@ class Worker:
         self.study.finish(training.claim, *(outcome.finished for outcome in outcomes))
         for outcome in outcomes:
             self._tell_ended(outcome.row, outcome.finished.state, outcome.finished.value)
-        self._discard_models(training.claim.rows[0].rule)
+        discard_models(self.study, self.files, training.claim.rows[0].rule)
         if not self._keep:
             self._discard_checkpoint(training.claim)
 
@@ -264,17 +276,6 @@ class Worker:
             spec, shape, classes = training.specs[run], self._data.shape, self._data.classes
             content = models.content(network, spec, shape, classes, self._rules[row.rule])
             self._write(lambda: self.files.save_model(row.rule, row.key, content))
-
-    def _discard_models(self, rule: str) -> None:
-        """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
-
-        The best is looked for last: what had finished by then and is not the best will never be it, whatever other
-        workers finish meanwhile.
-        """
-        finished = self.study.finished(self.files.models(rule))
-        best = self.study.best(rule)
-        for key in finished - ({best[0]} if best is not None else finished):
-            self.files.discard_model(rule, key)
 
     def _out_of_memory(self, claim: Claim, stacked: int) -> None:
         """Stack half as many runs; if it was one, the cell cannot be trained here."""
