@@ -6,7 +6,9 @@
 Everything runs `bpf tune` on digits, in pairs whose order alternates. Needs `bpf[ray]`.
 
 - **overhead**: a grid of about a minute with `--workers 2`, and with `--on ray --workers 2`. Two times are compared:
-  from the first trial to the last result, where both train; and of the whole command, with Ray's start and end.
+  from the first trial to the last result, where both train; and of the whole command, with Ray's start and end. Where
+  there is a /proc, also how much of the processor time meanwhile the workers have, and not what serves them: the
+  speed of a machine moves the times, and hardly this.
 - **start**: seconds from the start of the command to the first cohort, beside what Ray alone takes until two actors
   answer, in a program that does nothing else: the difference is what bpf adds.
 """
@@ -50,27 +52,57 @@ class Run:
         began = time.time()
         command = [PROGRAM, "tune", str(directory), *GRID.split(), "--epochs", str(epochs), *options]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            self.first = self._first(directory / "study.db", process) - began
+            study = directory / "study.db"
+            while process.poll() is None and not _is_one(study, "state != 'pending'"):
+                time.sleep(0.02)
+            self.first = time.time() - began
+            self.share = _share_of_workers(process, study)
             _, told = process.communicate()
         self.whole = time.time() - began
         if process.returncode:
             raise SystemExit(told)
-        with closing(sqlite3.connect(directory / "study.db")) as study:
+        with closing(sqlite3.connect(study)) as opened:
             query = "SELECT (julianday(max(datetime_complete)) - julianday(min(datetime_start))) * 86400 FROM trials"
-            [self.training] = study.execute(query).fetchone()
+            [self.training] = opened.execute(query).fetchone()
 
-    @staticmethod
-    def _first(study: Path, process: "subprocess.Popen[str]") -> float:
-        """When a worker noted that it has trained an epoch, or had a result."""
-        while process.poll() is None:
-            time.sleep(0.02)
-            try:
-                with closing(sqlite3.connect(f"{study.as_uri()}?mode=ro", uri=True, timeout=0)) as opened:
-                    if opened.execute("SELECT 1 FROM bpf_cells WHERE state != 'pending' LIMIT 1").fetchone():
-                        return time.time()
-            except sqlite3.Error:
-                continue
-        return time.time()
+
+def _is_one(study: Path, what: str) -> bool:
+    """Whether a cell is as the condition says; not while that cannot be told."""
+    try:
+        with closing(sqlite3.connect(f"{study.as_uri()}?mode=ro", uri=True, timeout=0)) as opened:
+            return opened.execute(f"SELECT 1 FROM bpf_cells WHERE {what} LIMIT 1").fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _share_of_workers(process: "subprocess.Popen[str]", study: Path) -> float:
+    """How much of the processor time of a command and its processes, from now to the last result, its workers have."""
+    before = _processor_seconds(process.pid)
+    after = dict(before)
+    while process.poll() is None and (_is_one(study, "state != 'complete'") or not _is_one(study, "1")):
+        after |= _processor_seconds(process.pid)
+        time.sleep(0.2)
+    used = {one: seconds - before.get(one, 0.0) for one, seconds in after.items()}
+    workers = sum(seconds for (_, trains), seconds in used.items() if trains)
+    return workers / (sum(used.values()) or 1.0)
+
+
+def _processor_seconds(root: int) -> dict[tuple[int, bool], float]:
+    """Of a process and all below it, by their numbers and whether they train."""
+    parents, found = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "stat").read_text().rpartition(")")[2].split()
+            told = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        parents[int(entry.name)] = int(words[1])
+        trains = told.startswith(b"ray::Seat") or b"multiprocessing.forkserver" in told
+        found[int(entry.name), trains] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    below = {root}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {one: seconds for one, seconds in found.items() if one[0] in below}
 
 
 def overhead(folder: Path, epochs: int, rounds: int) -> dict[str, object]:
@@ -80,15 +112,18 @@ def overhead(folder: Path, epochs: int, rounds: int) -> dict[str, object]:
         for mode in sorted(modes, reverse=number % 2 == 1):
             found[mode].append(Run(folder, epochs, *modes[mode]))
             print(
-                f"  {mode}: training {found[mode][-1].training:.1f} s, whole {found[mode][-1].whole:.1f} s", flush=True
+                f"  {mode}: training {found[mode][-1].training:.1f} s, whole {found[mode][-1].whole:.1f} s, "
+                f"workers {found[mode][-1].share:.4f} of the processor time",
+                flush=True,
             )
     pairs = list(zip(found["processes"], found["ray"], strict=True))
     told = {
         "training": [here.training / there.training for here, there in pairs],
         "whole": [here.whole / there.whole for here, there in pairs],
+        "processor": [there.share / here.share for here, there in pairs],
         "seconds": statistics.median(run.training for run in found["processes"]),
     }
-    for name in ("training", "whole"):
+    for name in ("training", "whole", "processor"):
         ratios = told[name]
         assert isinstance(ratios, list)
         median = statistics.median(ratios)

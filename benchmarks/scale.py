@@ -15,12 +15,13 @@ reached
 - `postgres`: on a PostgreSQL server of this command's own (with fsync), each worker with its own connections; every
   eight workers are taken for a machine.
 
-`start` is the time from the request to enroll until every worker has its first cohort, all asking at once. After that
-come the loads: cohorts of so many seconds, in a steady state (N workers claim N / seconds times a second), the longest
-first, and `saturated`, where nobody waits between two cohorts. Claims and finishes are counted, and how long a worker
-waits for each: the median, the 99th percentile, and the longest; also how many processor cores the driver's process,
-the post and the whole machine used. With many workers `saturated` is too short for each to come to its next claim, so
-its finishes say what the study can do. In the end it has to say that each cell was finished by one worker, once.
+`start` is the time from the request to enroll until every worker has its first cohort, all asking at once, or one by
+one over the time of `--start-over`, in which they have connected before. After that come the loads: cohorts of so many
+seconds, in a steady state (N workers claim N / seconds times a second), the longest first, and `saturated`, where
+nobody waits between two cohorts. Claims and finishes are counted, and how long a worker waits for each: the median, the
+99th percentile, and the longest; also how many processor cores the driver's process, the post and the whole machine
+used. With many workers `saturated` is too short for each to come to its next claim, so its finishes say what the study
+can do. In the end it has to say that each cell was finished by one worker, once.
 
 `files` stores checkpoints at the desk with four workers at a time, and tells MiB a second.
 
@@ -141,10 +142,16 @@ def at_server(url: str, folder: Path, seat: str) -> Reached:
 
 
 class Crowd:
-    """Workers in threads of this process. The methods are called in turn; each returns when all are so far."""
+    """Workers in threads of this process, which come `over` so many seconds.
 
-    def __init__(self, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any]) -> None:
+    The methods are called in turn; each returns when all are so far.
+    """
+
+    def __init__(
+        self, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float = 0.0
+    ) -> None:
         self._reach, self._outcomes, self._diary = reach, outcomes, Diary()
+        self._over = over
         self._reached: Counter[str] = Counter()
         self._may: defaultdict[str, threading.Event] = defaultdict(threading.Event)
         self._lock = threading.Lock()
@@ -181,9 +188,11 @@ class Crowd:
         try:
             machine = f"machine-{int(seat.partition('-')[0]) // PER_MACHINE}"
             _machines.here.name = machine
+            time.sleep(random.uniform(0, self._over))
             with closing(self._reach(seat)) as reached:
                 self._has("connected")
                 self._may["begin"].wait()
+                time.sleep(random.uniform(0, self._over))
                 with reached.study.enrolled(dict(FACTS)) as holder:
                     if reached.pulse is not None:
                         reached.pulse.holder = lambda: holder
@@ -282,17 +291,19 @@ Start = Callable[..., Wait]
 
 
 @contextmanager
-def crowd_here(reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any]) -> Iterator[Start]:
-    crowd = Crowd(reach, seats, outcomes)
+def crowd_here(reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float) -> Iterator[Start]:
+    crowd = Crowd(reach, seats, outcomes, over)
     with ThreadPoolExecutor(1) as pool:
         yield lambda method, *values: pool.submit(getattr(crowd, method), *values).result
 
 
 @contextmanager
-def crowd_in_process(reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any]) -> Iterator[Start]:
+def crowd_in_process(
+    reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float
+) -> Iterator[Start]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, reach, seats, outcomes), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, reach, seats, outcomes, over), daemon=True)
     process.start()
 
     def start(method: str, *values: Any) -> Wait:
@@ -312,9 +323,11 @@ def crowd_in_process(reach: Callable[[str], Reached], seats: list[str], outcomes
         process.join()
 
 
-def _serve(pipe: Connection, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any]) -> None:
+def _serve(
+    pipe: Connection, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float
+) -> None:
     _machines.pretend()
-    crowd = Crowd(reach, seats, outcomes)
+    crowd = Crowd(reach, seats, outcomes, over)
     while True:
         method, values = pipe.recv()
         try:
@@ -326,10 +339,10 @@ def _serve(pipe: Connection, reach: Callable[[str], Reached], seats: list[str], 
 class RayCrowd:
     """A crowd in an actor, which asks the post as `bpf.cluster.seated` does."""
 
-    def __init__(self, post: Any, folder: Path, seats: list[str], outcomes: list[Any]) -> None:
+    def __init__(self, post: Any, folder: Path, seats: list[str], outcomes: list[Any], over: float) -> None:
         from bpf.cluster.seated import _sending
 
-        self._crowd = Crowd(partial(at_desk, _sending(post), folder), seats, outcomes)
+        self._crowd = Crowd(partial(at_desk, _sending(post), folder), seats, outcomes, over)
 
     def do(self, method: str, *values: Any) -> Any:
         return getattr(self._crowd, method)(*values)
@@ -341,8 +354,10 @@ class RayCrowd:
 
 
 @contextmanager
-def crowd_in_actor(ray: Any, post: Any, folder: Path, seats: list[str], outcomes: list[Any]) -> Iterator[Start]:
-    actor = ray.remote(RayCrowd).options(num_cpus=0).remote(post, folder, seats, outcomes)
+def crowd_in_actor(
+    ray: Any, post: Any, folder: Path, seats: list[str], outcomes: list[Any], over: float
+) -> Iterator[Start]:
+    actor = ray.remote(RayCrowd).options(num_cpus=0).remote(post, folder, seats, outcomes, over)
     try:
         yield lambda method, *values: partial(ray.get, actor.do.remote(method, *values))
     finally:
@@ -433,7 +448,14 @@ def valued(made: Any, value: float) -> tuple[float, dict[str, Any], list[dict[st
 
 
 def measure(
-    through: str, workers: int, loads: list[str], seconds: float, ray: Any, directory: Path, structures: int
+    through: str,
+    workers: int,
+    loads: list[str],
+    seconds: float,
+    ray: Any,
+    directory: Path,
+    structures: int,
+    over: float,
 ) -> dict[str, Any]:
     """A study of its own, and all loads one after the other with the same workers."""
     outcomes = [outcome(number) for number in range(20)]
@@ -450,18 +472,20 @@ def measure(
             connections = partial(_connections, server)
             reach = partial(at_server, server.url(), directory)
             stack.enter_context(driving(study, directory, None))
-            crowds = [stack.enter_context(crowd_in_process(reach, part, outcomes)) for part in parts]
+            crowds = [stack.enter_context(crowd_in_process(reach, part, outcomes, over)) for part in parts]
         else:
             study = stack.enter_context(planned(directory / "study.db", cohorts, directory, structures))
             desk = stack.enter_context(closing(Desk(study, Folder(directory), lambda seat, event: None)))
             watched = Watched(desk)
             stack.enter_context(driving(study, directory, desk))
             if through == "desk":
-                crowds = [stack.enter_context(crowd_here(partial(at_desk, watched.answer, directory), seats, outcomes))]
+                reach = partial(at_desk, watched.answer, directory)
+                crowds = [stack.enter_context(crowd_here(reach, seats, outcomes, over))]
             else:
                 post = new_post(ray)
                 stack.enter_context(carried(ray, post, watched.answer))
-                crowds = [stack.enter_context(crowd_in_actor(ray, post, directory, part, outcomes)) for part in parts]
+                own = partial(crowd_in_actor, ray, post, directory, outcomes=outcomes, over=over)
+                crowds = [stack.enter_context(own(seats=part)) for part in parts]
         begun = time.monotonic()
         _all(crowds, "connect")
         connected = time.monotonic()
@@ -626,7 +650,7 @@ def files(through: str, seconds: float, ray: Any, directory: Path) -> dict[str, 
         else:
             post = new_post(ray)
             stack.enter_context(carried(ray, post, desk.answer))
-            actors = [ray.remote(RayCrowd).options(num_cpus=0).remote(post, directory, [], []) for _ in names]
+            actors = [ray.remote(RayCrowd).options(num_cpus=0).remote(post, directory, [], [], 0.0) for _ in names]
             ray.get([actor.do.remote("connect") for actor in actors])
             begun = time.monotonic()
             pairs = zip(actors, names, strict=True)
@@ -675,6 +699,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", default=list(STANDARD), metavar="SECONDS", help="of a cohort; saturated")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each load")
     parser.add_argument("--structures", type=int, default=50, metavar="N", help="of networks, over the whole grid")
+    parser.add_argument("--start-over", type=float, default=0.0, metavar="SECONDS", help="let workers come one by one")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="medians of so many are shown")
     parser.add_argument("--no-files", action="store_true", help="store no checkpoints")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
@@ -709,7 +734,16 @@ def main() -> None:
                     with tempfile.TemporaryDirectory(dir=scratch) as directory:
                         where = Path(directory)
                         rounds.append(
-                            measure(through, workers, options.loads, options.seconds, ray, where, options.structures)
+                            measure(
+                                through,
+                                workers,
+                                options.loads,
+                                options.seconds,
+                                ray,
+                                where,
+                                options.structures,
+                                options.start_over,
+                            )
                         )
                 everything.append(medians(rounds) | {"rounds": rounds})
                 show(everything[-1])
