@@ -77,18 +77,20 @@ def _is_one(study: Path, what: str) -> bool:
 
 def _share_of_workers(process: "subprocess.Popen[str]", study: Path) -> float:
     """How much of the processor time of a command and its processes, from now to the last result, its workers have."""
-    before = _processor_seconds(process.pid)
-    after = dict(before)
+    before, trains = _processor_seconds(process.pid), set()
+    after = {one: seconds for one, (_, seconds) in before.items()}
     while process.poll() is None and (_is_one(study, "state != 'complete'") or not _is_one(study, "1")):
-        after |= _processor_seconds(process.pid)
+        for one, (name, seconds) in _processor_seconds(process.pid).items():
+            after[one] = seconds
+            if name.startswith(b"ray::Seat") or b"multiprocessing.forkserver" in name:
+                trains.add(one)
         time.sleep(0.2)
-    used = {one: seconds - before.get(one, 0.0) for one, seconds in after.items()}
-    workers = sum(seconds for (_, trains), seconds in used.items() if trains)
-    return workers / (sum(used.values()) or 1.0)
+    used = {one: seconds - before.get(one, (b"", 0.0))[1] for one, seconds in after.items()}
+    return sum(seconds for one, seconds in used.items() if one in trains) / (sum(used.values()) or 1.0)
 
 
-def _processor_seconds(root: int) -> dict[tuple[int, bool], float]:
-    """Of a process and all below it, by their numbers and whether they train."""
+def _processor_seconds(root: int) -> dict[int, tuple[bytes, float]]:
+    """Of a process and all below it, by their numbers: what it is called now, and the seconds."""
     parents, found = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -97,12 +99,11 @@ def _processor_seconds(root: int) -> dict[tuple[int, bool], float]:
         except OSError:
             continue
         parents[int(entry.name)] = int(words[1])
-        trains = told.startswith(b"ray::Seat") or b"multiprocessing.forkserver" in told
-        found[int(entry.name), trains] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        found[int(entry.name)] = told, (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     below = {root}
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more
-    return {one: seconds for one, seconds in found.items() if one[0] in below}
+    return {one: found[one] for one in below & found.keys()}
 
 
 def overhead(folder: Path, epochs: int, rounds: int) -> dict[str, object]:
