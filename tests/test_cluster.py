@@ -1,5 +1,6 @@
 """Workers that reach the study and the files through the desk, and what is asked of a Ray cluster, without one."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -19,10 +20,11 @@ import pytest
 from bpf import api
 from bpf.cluster import desk as desks
 from bpf.cluster import engine as engines
+from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.nodes import Node, kinds
-from bpf.cluster.post import _problem, code_of
+from bpf.cluster.post import Post, _problem, code_of
 from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
 from bpf.cluster.wire import PART_BYTES, is_report
 from bpf.data.cache import load
@@ -370,6 +372,56 @@ def test_a_line_waits_for_the_post_and_then_gives_up() -> None:
     line.patience = 0.0
     with pytest.raises(RunError, match="cannot be reached"):
         line.ask("counts")
+
+
+class Actors:
+    """As much of Ray as the post needs, with the post in a thread; `calls` are the methods that it was asked for."""
+
+    def __init__(self) -> None:
+        self.loop, self.post, self.calls = asyncio.new_event_loop(), Post(), list[str]()
+        self.dead = threading.Event()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*values: Any) -> Any:
+            self.calls.append(name)
+            return asyncio.run_coroutine_threadsafe(getattr(self.post, name)(*values), self.loop)
+
+        return SimpleNamespace(remote=remote)
+
+    def get(self, future: Any, timeout: float) -> Any:
+        end = time.monotonic() + timeout
+        while not future.done():
+            assert time.monotonic() < end
+            if self.dead.wait(0.001):
+                raise RuntimeError
+        return future.result()
+
+    def kill(self, post: Any) -> None:
+        self.dead.set()
+
+
+def test_answers_go_with_the_next_questions_or_by_themselves_when_they_take_long() -> None:
+    actors, slow = Actors(), threading.Event()
+
+    def desk(question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        if question == b"slow":
+            assert slow.wait(10.0)
+        return question.upper(), payload
+
+    ray = SimpleNamespace(get=actors.get, kill=actors.kill)
+    with carried(ray, actors, desk):
+        for number in range(20):
+            assert actors.get(actors.ask.remote(b"quick", b"%d" % number), 10.0) == (b"QUICK", b"%d" % number)
+        by_themselves = actors.calls.count("give")
+        assert by_themselves < 20  # all, were none in time
+        waits = actors.ask.remote(b"slow", b"")
+        assert actors.get(actors.ask.remote(b"quick", b""), 10.0) == (b"QUICK", b"")  # does not wait for the slow one
+        assert not waits.done()
+        slow.set()
+        assert actors.get(waits, 5.0) == (b"SLOW", b"")  # before the next exchange would end
+        assert actors.calls.count("give") > 0
+    assert actors.dead.is_set()
 
 
 def test_the_pulse_tells_the_last_epoch_only_and_learns_to_stop(office: Office) -> None:

@@ -55,9 +55,8 @@ def carried(ray: Any, post: Any, desk: Callable[[bytes, bytes], tuple[bytes, byt
                 closing.wait(PAUSE_SECONDS)
                 continue
             asking.clear()
-            wait(
-                [(hearing if is_report(asked[1]) else pool).submit(answer, *asked) for asked in questions], SOON_SECONDS
-            )
+            taken = [(hearing if is_report(asked[1]) else pool).submit(answer, *asked) for asked in questions]
+            wait(taken, SOON_SECONDS)
 
     with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool, ThreadPoolExecutor(HEARING, "bpf-desk") as hearing:
         thread = threading.Thread(target=exchange, name="bpf-post", daemon=True)
