@@ -110,7 +110,7 @@ def test_after_the_death_of_a_worker_and_then_of_the_command_the_numbers_are_the
         ),
         pytest.param(
             (
-                "before bpf.workers.worker:Worker._discard_models",
+                "before bpf.workers.worker:discard_models",
                 "before bpf.workers.worker:Worker._discard_checkpoint",
             ),
             id="discard",

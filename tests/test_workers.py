@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -38,7 +37,7 @@ from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.files import Folder
 from bpf.workers.job import Job, Terms
-from bpf.workers.worker import Worker
+from bpf.workers.worker import Worker, discard_models
 from invented import IN_SCRIPTS
 from waiting import SECONDS, eventually
 
@@ -679,6 +678,6 @@ def test_a_model_that_becomes_the_best_meanwhile_is_not_removed(tmp_path: Path) 
         path = model_path(tmp_path / "models", "bp", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    working: Any = SimpleNamespace(files=Folder(tmp_path), study=Meanwhile())
-    Worker._discard_models(working, "bp")
+    study: Any = Meanwhile()
+    discard_models(study, Folder(tmp_path), "bp")
     assert set(models.kept(tmp_path / "models", "bp")) == {"new", "training"}
