@@ -121,15 +121,17 @@ def overhead(folder: Path, epochs: int, rounds: int) -> dict[str, object]:
     told = {
         "training": [here.training / there.training for here, there in pairs],
         "whole": [here.whole / there.whole for here, there in pairs],
-        "processor": [there.share / here.share for here, there in pairs],
+        "processor": [there.share / here.share for here, there in pairs if here.share],
         "seconds": statistics.median(run.training for run in found["processes"]),
     }
-    for name in ("training", "whole", "processor"):
+    for name, of in (("training", "speed"), ("whole", "speed"), ("processor", "workers' share")):
         ratios = told[name]
         assert isinstance(ratios, list)
+        if not ratios:
+            continue
         median = statistics.median(ratios)
         print(
-            f"{name}: Ray at {median:.3f} of the speed of processes "
+            f"{name}: Ray at {median:.3f} of the {of} of processes "
             f"(median of {rounds}; {min(ratios):.3f} to {max(ratios):.3f})"
         )
     return told

@@ -147,9 +147,7 @@ class Crowd:
     The methods are called in turn; each returns when all are so far.
     """
 
-    def __init__(
-        self, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float = 0.0
-    ) -> None:
+    def __init__(self, reach: Callable[[str], Reached], seats: list[str], outcomes: list[Any], over: float) -> None:
         self._reach, self._outcomes, self._diary = reach, outcomes, Diary()
         self._over = over
         self._reached: Counter[str] = Counter()

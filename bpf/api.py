@@ -11,7 +11,7 @@ from bpf.data.cache import Data, describe, load
 from bpf.data.cache import extent as extent_of
 from bpf.data.scaling import check_channels
 from bpf.data.subsets import subset
-from bpf.errors import BpfError, UsageError
+from bpf.errors import BpfError, RunError, UsageError
 from bpf.experiment import places
 from bpf.experiment.bucket import Bucket, check_url
 from bpf.experiment.directory import NOWHERE_ELSE, Experiment, Place, open_experiment, prepare
@@ -192,13 +192,15 @@ def run(
 
 
 def _tidy(experiment: Experiment, study: "Study") -> None:
-    """Remove what those that were killed after their last cells could not."""
+    """Remove what those that were killed after their last cells could not; that it fails is no failure of the grid."""
     from bpf.workers.files import Folder
     from bpf.workers.worker import discard_models
 
-    study.repair()
-    for rule in experiment.grid.algorithm:
-        discard_models(study, Folder(experiment.files), rule)
+    study.patience = 0.0
+    with suppress(RunError):
+        study.repair()
+        for rule in experiment.grid.algorithm:
+            discard_models(study, Folder(experiment.files), rule)
 
 
 def _cluster(effort: Effort, device: str, experiment: Experiment) -> "AbstractContextManager[Engine | None]":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bpf.cli import app as cli
+from bpf.errors import RunError
 from bpf.experiment.directory import open_experiment
 from bpf.results import summary
 from chaos import Command, assert_ran_once, assert_tidy, outcomes
@@ -269,3 +270,15 @@ def test_what_the_last_process_left_when_it_was_killed_is_removed(undisturbed: d
     assert sorted(path.name for path in (directory / "locks").iterdir()) == ["making-tables", "mine.lock"]
     foreign.unlink()
     assert_undisturbed(directory, undisturbed)
+
+
+def test_that_nothing_could_be_cleared_up_is_no_failure_of_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: object) -> None:
+        raise RunError("The database cannot be reached.")
+
+    directory = tmp_path / "grid"
+    assert run("tune", str(directory), *GRID, "--workers", "1") == 0
+    monkeypatch.setattr("bpf.workers.worker.discard_models", away)  # here it is only asked for at the end
+    assert run("resume", str(directory), "--quiet") == 0

@@ -210,7 +210,7 @@ class Bucket:
                 "--checkpoints."
             ) from error
         except Exception:  # who may use a folder need not be allowed to ask for all
-            return
+            pass
 
     def _listed(self) -> dict[str, int]:
         self._fs.invalidate_cache()
