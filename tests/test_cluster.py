@@ -22,6 +22,8 @@ from bpf.cluster import desk as desks
 from bpf.cluster import engine as engines
 from bpf.cluster.carrier import carried
 from bpf.cluster.desk import Desk
+from bpf.cluster.driver import Driver
+from bpf.cluster.engine import Gone
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.nodes import Node, kinds
 from bpf.cluster.post import Post, _problem, code_of
@@ -228,6 +230,27 @@ def test_who_was_taken_for_dead_stores_nothing_and_claims_anew(tmp_path: Path, o
     assert outcomes(office.experiment.directory) == reference(tmp_path)
     assert_ran_once(office.experiment.directory)
     assert all(row.kills == 0 for row in summary.rows(office.experiment)), "it was nobody's fault"
+
+
+def test_cells_whose_driver_died_are_not_blamed_for_it(office: Office, data: Any) -> None:
+    with claimed(office, "1-1"):
+        guest = office.desk.guest("1-1")
+        assert guest is not None
+        assert guest.owner is not None
+        guest.owner.close()  # its lock goes, as when the driver is killed
+        nobody = SimpleNamespace(put=lambda value: value, kill=lambda actor: None)
+        engine: Any = SimpleNamespace(
+            nodes=lambda: [Node("1", "127.0.0.1", 1, 0)], dashboard=None, ray=nobody, post=lambda: None, alive=False
+        )
+        with closing(office.experiment.open_study()) as study:
+            effort, stop = Effort(workers=1, checkpoint_seconds=0.0), Stop()
+            driver = Driver(engine, office.experiment, study, data, "cpu", effort, lambda number, event: None, stop)
+            with pytest.raises(Gone):
+                driver.run()
+            with study.enrolled({}) as owner:
+                claim = study.claim(owner, lambda row: 1)
+                assert claim is not None
+                assert [(row.attempt, row.kills, row.cause) for row in claim.rows] == [(2, 0, None)]
 
 
 def test_the_desk_gone_gives_all_cells_back(office: Office, data: Any) -> None:
