@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -743,6 +744,39 @@ def test_an_owner_that_is_not_known_yet_is_not_lost(
         eventually(lambda: renewed[-1])
     assert renewed[0] is False
     assert not owner.lost.is_set()
+
+
+def test_who_waits_for_its_turn_to_claim_has_one_connection(
+    url: str, study: Study, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever waits to finish what it owns keeps its lease meanwhile, by a second one."""
+    renewed: list[float] = []
+    renew = owners.renew
+    monkeypatch.setattr(owners, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(owners, "renew", lambda *arguments: renewed.append(time.monotonic()) or renew(*arguments))
+    claims: list[Claim] = []
+    with closing(Study.open(url)) as other, study.renewing(owner), ThreadPoolExecutor(1) as pool:
+        with other._transaction():
+            claiming = pool.submit(lambda: claims.append(claimed(study, owner)))
+            eventually(lambda: waiting(url) == 1)
+            begun = time.monotonic()
+            time.sleep(0.5)
+            assert not [moment for moment in renewed if moment > begun]
+        claiming.result(SECONDS)
+        [claim] = claims
+        done = Finished(claim.rows[0].key, 1.0, "complete", result(1.0))
+        with other._transaction():
+            finishing = pool.submit(study.finish, claim, done)
+            eventually(lambda: waiting(url) == 1)
+            begun = time.monotonic()
+            eventually(lambda: [moment for moment in renewed if moment > begun])
+        finishing.result(SECONDS)
+
+
+def waiting(url: str) -> int:
+    """How many of bpf's connections wait for a lock."""
+    [[count]] = query(url, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    return int(count)
 
 
 def test_leases_are_not_trusted_after_an_outage(

@@ -41,6 +41,7 @@ class Study(StudyView):
     def __init__(self, database: Database, experiment: str, settings: dict[str, Any]) -> None:
         super().__init__(database, experiment, settings, database.connect())
         self._optuna = Trials()
+        self._waits_for_cells = False
 
     @classmethod
     def create(cls, where: str | Path | Database, experiment: str, settings: dict[str, Any]) -> Self:
@@ -114,7 +115,7 @@ class Study(StudyView):
 
         None if nobody left anything and nothing is pending. `size` must not use the study.
         """
-        with self._transaction() as connection:
+        with self._empty_handed(), self._transaction() as connection:
             owners.enroll(connection, self.experiment, owner)
             mine = plan.rows(connection, self.experiment, owner=owner.token, state="running") if self.uncertain else []
             if mine:  # claimed before, but the answer was lost
@@ -225,7 +226,11 @@ class Study(StudyView):
 
     @contextmanager
     def renewing(self, owner: Owner) -> Iterator[None]:
-        """Keep the owner's lease alive meanwhile, in a thread; where the lock alone decides there is none."""
+        """Keep the owner's lease alive meanwhile, in a thread; where the lock alone decides there is none.
+
+        Not while it waits for its turn to claim: it has nothing to lose then, and a thousand that wait would each need
+        a second connection.
+        """
         if self.database.path:
             yield
             return
@@ -233,6 +238,8 @@ class Study(StudyView):
 
         def renew() -> None:
             while not stop.wait(owners.RENEW_SECONDS):
+                if self._waits_for_cells:
+                    continue
                 lost = owner.lost  # of this token: the owner may get another one meanwhile
                 try:
                     with self._engine.begin() as connection:
@@ -249,6 +256,15 @@ class Study(StudyView):
         finally:
             stop.set()
             thread.join()
+
+    @contextmanager
+    def _empty_handed(self) -> Iterator[None]:
+        """The owner has nothing now, unless it is `uncertain` what it has."""
+        self._waits_for_cells = not self.uncertain
+        try:
+            yield
+        finally:
+            self._waits_for_cells = False
 
     def note(self, owner: Holder, progress: Progress) -> None:
         """Let readers know how far the owner is. It never waits and never fails: a busy or absent database is left so.
