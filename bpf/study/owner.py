@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from bpf.locks import is_held
 from bpf.reading import json_of
 from bpf.study import stored
 from bpf.study.holder import Holder, Spent
-from bpf.study.schema import owners
+from bpf.study.schema import cells, owners
 
 _SPENT: TypeAdapter[float] = TypeAdapter(Spent)
 _LOCK = re.compile(r"[0-9a-f]{16}\.lock")
@@ -154,9 +154,8 @@ def living(connection: sa.Connection, experiment: str, locks: Path, here_only: b
     query = sa.select(owners.c.token, owners.c.pid, owners.c.machine, owners.c.began, owners.c.lease, text)
     query = query.where(owners.c.experiment == experiment, owners.c.lease > 0)
     known = [record | {"facts": _parsed(record["facts"])} for record in map(dict, connection.execute(query).mappings())]
-    tokens = [stored.word(record["token"]) for record in known]
-    gone = dead(connection, experiment, tokens, locks, here_only, True)
-    return [record for record in known if record["token"] not in gone]
+    alive = _judge(locks, here_only, 0.0 if here_only else now(connection), True)
+    return [one for one in known if alive(stored.word(one["token"]), one["machine"], one["lease"])]
 
 
 def spent(connection: sa.Connection, experiment: str) -> float | None:
@@ -186,36 +185,40 @@ def _is_held(lock: Path, unknown: bool | None = True) -> bool | None:
     return True if owner is not None and owner.holds else is_held(lock, unknown)
 
 
-def dead(
-    connection: sa.Connection,
-    experiment: str,
-    tokens: Iterable[str],
-    locks: Path,
-    here_only: bool,
-    trust_leases: bool,
-) -> set[str]:
-    """Which of the owners have died.
+def dead(connection: sa.Connection, experiment: str, locks: Path, here_only: bool, trust_leases: bool) -> set[str]:
+    """Which of the owners of running cells have died.
 
     `locks` is where this machine's locks lie. With `here_only` every owner is on this machine (SQLite), and the lock
     alone decides. Otherwise it does so for owners on this machine, and for others the lease, unless leases are not to
     be trusted because the database was away.
     """
-    tokens = list(tokens)
+    at_work = sa.select(cells.c.owner).where(cells.c.experiment == experiment, cells.c.state == "running").distinct()
     if here_only:
-        return {token for token in tokens if not _is_held(locks / f"{token}.lock")}
-    if not tokens:
-        return set()
-    query = sa.select(owners.c.token, owners.c.machine, owners.c.lease)
-    query = query.where(owners.c.experiment == experiment, owners.c.token.in_(tokens))
-    known = {one["token"]: one for one in map(stored.owner, connection.execute(query).mappings())}
-    here, moment = machine(), now(connection)
-    gone = set()
-    for token in tokens:
-        record = known.get(token)
+        alive = _judge(locks, True, 0.0, True)
+        return {token for token in map(stored.word, connection.scalars(at_work)) if not alive(token, "", 0.0)}
+    moment = now(connection)
+    of_cell = sa.and_(owners.c.experiment == cells.c.experiment, owners.c.token == cells.c.owner)
+    # Of a thousand workers only those that may be dead: others elsewhere whose lease lasts are no matter of a claim.
+    suspects = at_work.add_columns(
+        sa.func.coalesce(owners.c.machine, "").label("machine"), sa.func.coalesce(owners.c.lease, 0.0).label("lease")
+    )
+    suspects = suspects.select_from(cells.outerjoin(owners, of_cell))
+    suspects = suspects.where(sa.or_(owners.c.token.is_(None), owners.c.machine == machine(), owners.c.lease <= moment))
+    alive = _judge(locks, False, moment, trust_leases)
+    found = [stored.owner(one) for one in connection.execute(suspects).mappings()]
+    return {one["owner"] for one in found if not alive(one["owner"], one["machine"], one["lease"])}
+
+
+def _judge(locks: Path, here_only: bool, moment: float, trust_leases: bool) -> Callable[[str, str, float], bool]:
+    """Whether an owner lives that has a `token`, is on a machine, and has a lease until then: see `dead`."""
+    here = machine()
+
+    def alive(token: str, where: str, lease: float) -> bool:
         # Not where the database says: whoever may write into it could name any file, and make anyone look dead.
-        held = _is_held(locks / f"{token}.lock", None) if record is not None and record["machine"] == here else None
-        if held is None and trust_leases:
-            held = record is not None and record["lease"] > moment
-        if held is False:
-            gone.add(token)
-    return gone
+        lock = locks / f"{token}.lock"
+        if here_only:
+            return bool(_is_held(lock))
+        held = _is_held(lock, None) if where == here else None
+        return held if held is not None else lease > moment or not trust_leases
+
+    return alive

@@ -96,11 +96,6 @@ def update(connection: sa.Connection, experiment: str, where: Mapping[str, Any],
     return connection.execute(change).rowcount
 
 
-def owners_at_work(connection: sa.Connection, experiment: str) -> list[str]:
-    running = sa.select(cells.c.owner).where(cells.c.experiment == experiment, cells.c.state == "running")
-    return [stored.word(token) for token in connection.scalars(running.distinct())]
-
-
 def interrupt(connection: sa.Connection, experiment: str, token: str, blame: bool = True) -> list[Row]:
     """Take its cells from an owner that has died; returns them as they stand now.
 

@@ -99,7 +99,7 @@ class _Spec(TypedDict):
 
 
 class _Owner(TypedDict):
-    token: Word
+    owner: Word
     machine: str
     lease: float
 

@@ -198,11 +198,10 @@ class StudyView:
             yield connection.execution_options(bpf_reading=True)
 
     def _dead(self, connection: sa.Connection) -> set[str]:
-        tokens = plan.owners_at_work(connection, self.experiment)
         # After an outage of the database everyone's lease has run out: they need time to renew them.
         trust_leases = time.monotonic() - self.failed_at > owners.LEASE_SECONDS
         here_only = self.database.path is not None
-        return owners.dead(connection, self.experiment, tokens, self.locks, here_only, trust_leases)
+        return owners.dead(connection, self.experiment, self.locks, here_only, trust_leases)
 
 
 def read_settings(database: Database, experiment: str | None, reading: bool) -> tuple[str, dict[str, Any]]:
