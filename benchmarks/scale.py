@@ -602,6 +602,7 @@ def postgres(connections: int) -> Iterator[Any]:
         server.start()
         with (server.directory / "data" / "postgresql.conf").open("a") as file:
             file.write(f"fsync = on\nmax_connections = {connections}\nshared_buffers = 256MB\n")
+            file.write("deadlock_timeout = 1min\n")  # as docs/CLUSTER.md has it for many workers
         server.restart()
         yield server
     finally:
