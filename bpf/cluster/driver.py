@@ -72,7 +72,7 @@ class Driver:
         self._logs = NodeLogs(self.experiment.directory)
         self._desk = Desk(self.study, Folder(self.experiment.files), lambda seat, event: self._heard.put((seat, event)))
         self.study.on_wait = self._wait
-        self.study.repair(blame=False)  # they died with their driver, which no cell has killed
+        self.study.repair(blame=False)  # an earlier driver's workers ended with it, for no fault of their cells
         if self.engine.dashboard:
             self._tell_once(f"Ray's dashboard: http://{self.engine.dashboard}")
         orders = order(self.experiment, self.data, self.effort.checkpoint_seconds, self.engine)
