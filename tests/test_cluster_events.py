@@ -123,6 +123,7 @@ def test_nodes_come_and_go_and_the_driver_dies(tmp_path: Path, nodes: Nodes) -> 
         eventually(lambda: len(driver.workers()) == 2 or driver.ends())
         nodes.lose(first)  # with the worker there
         nodes.add()
+        eventually(lambda: "was lost" in driver.output or driver.ends())  # till then its worker seems to live
         eventually(lambda: len(driver.workers()) == 2 or driver.ends())
         os.kill(driver.workers()[0], signal.SIGKILL)
         before = finished(driver)
