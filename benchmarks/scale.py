@@ -253,10 +253,7 @@ class Crowd:
         for row, (value, _) in zip(claim.rows, ended, strict=True):
             self._diary.finished.append(row.key)
             reached.tell(Ended(row.key, row.name, rule, row.chosen, "complete", value, 1e9))
-        finished, best = study.finished(files.models(rule)), study.best(rule)
-        for key in finished - {best[0]}:
-            files.discard_model(rule, key)
-        files.discard(claim.cohort)
+        files.clear(study, rule, claim.cohort)
 
     def _timed(self, what: str, step: Callable[[], Any]) -> Any:
         begun = time.monotonic()

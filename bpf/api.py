@@ -194,13 +194,12 @@ def run(
 def _tidy(experiment: Experiment, study: "Study") -> None:
     """Remove what those that were killed after their last cells could not; that it fails is no failure of the grid."""
     from bpf.workers.files import Folder
-    from bpf.workers.worker import discard_models
 
-    study.patience = 0.0
+    study.patience, files = 0.0, Folder(experiment.files)
     with suppress(RunError):
         study.repair()
         for rule in experiment.grid.algorithm:
-            discard_models(study, Folder(experiment.files), rule)
+            files.clear(study, rule)
 
 
 def _cluster(effort: Effort, device: str, experiment: Experiment) -> "AbstractContextManager[Engine | None]":

@@ -51,8 +51,8 @@ TRAINING = {
         "bpf.training.cohort:Cohort.run_epoch": 24.0,
         "bpf.study.trials:Trials.begin": 1.0,  # in the transaction of `Study.claim`
         "bpf.study.trials:Trials.end": 1.0,  # in that of `Study.finish`
-        "bpf.workers.worker:Worker._discard_checkpoint": 1.0,
-        "bpf.workers.worker:discard_models": 1.0,
+        "bpf.workers.files:Folder.clear": 1.0,
+        "bpf.workers.files:Folder.discard": 1.0,
         "bpf.workers.worker:Worker.run": 0.1,
     },
     "supervisor": {

@@ -36,6 +36,7 @@ from bpf.results import models, summary
 from bpf.spec.fields import build
 from bpf.spec.grid import GridSpec
 from bpf.study.cells import Finished
+from bpf.study.holder import Progress
 from bpf.study.seam import Fenced
 from bpf.workers.effort import Effort
 from bpf.workers.events import Event, Trained
@@ -152,7 +153,7 @@ def test_a_worker_at_the_desk_is_like_one_at_the_study(tmp_path: Path, office: O
     assert not list((office.experiment.directory / "locks").glob("????????????????.lock"))
 
 
-@pytest.mark.parametrize("lost", ["enroll", "claim", "store", "finish", "save_model", "discard", "note", "retire"])
+@pytest.mark.parametrize("lost", ["enroll", "claim", "store", "finish", "save_model", "clear", "retire"])
 def test_a_question_whose_answer_was_lost_is_answered_once(
     lost: str, tmp_path: Path, office: Office, data: Any
 ) -> None:
@@ -303,9 +304,10 @@ def test_only_the_owner_finishes_a_cell(office: Office) -> None:
         ("fetch", {"cohort": "../../etc/passwd", "at": 0}),
         ("fetch", {"cohort": "a", "at": -1}),
         ("save_model", {"rule": "../dfa", "key": "k"}),
-        ("discard_model", {"rule": "dfa", "key": "../../experiment"}),
+        ("clear", {"seat": "1", "rule": "../dfa", "cohort": None}),
+        ("clear", {"seat": "1", "rule": "dfa", "cohort": "../../experiment"}),
         ("set_aside", {"cohort": "a/b"}),
-        ("report", {"seat": "1", "node": "n", "where": "", "token": "", "events": [["Popen", {}]]}),
+        ("report", {"seat": "1", "node": "n", "where": "", "token": "", "facts": None, "events": [["Popen", {}]]}),
         ("nothing", {}),
     ],
 )
@@ -464,6 +466,40 @@ def test_the_pulse_tells_the_last_epoch_only_and_learns_to_stop(office: Office) 
         eventually(lambda: owner.lost.is_set())
         pulse.close()
         holder.append(owner)
+
+
+def test_the_pulse_says_how_far_a_worker_is_when_that_is_new(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpf.cluster.remote.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(desks, "REPORT_SECONDS", 0.0)
+    noted: list[dict[str, Any]] = []
+    monkeypatch.setattr(office.study, "note", lambda owner, at: noted.append(owner.facts | {"epoch": at.epoch}))
+    study = RemoteStudy(office.line(), "1-1")
+    with study.enrolled({"host": "there"}) as owner:
+        pulse = Pulse(office.line(), {"seat": "1-1", "node": "n", "where": "here"}, Stop())
+        pulse.holder = lambda: owner
+        eventually(lambda: len(office.asked) > 5)
+        assert noted == [], "nothing that the desk does not know"
+        for epoch in (1, 2):
+            owner.facts = owner.facts | {"spent": float(epoch)}
+            study.note(owner, far(epoch))
+            eventually(lambda so_far=epoch: len(noted) == so_far)
+            assert noted[-1].items() >= {"host": "there", "spent": float(epoch), "epoch": epoch}.items()
+        study.note(owner, far(3).model_copy(update={"speed": float("nan")}))
+        asked = len(office.asked)
+        eventually(lambda: len(office.asked) > asked + 5)
+        assert len(noted) == 2, "what makes no sense is not noted"
+        office.desk.leave("1-1")
+        study.note(owner, far(4))
+        eventually(lambda: owner.lost.is_set())
+        pulse.close()
+    assert len(noted) == 2, "nor what one says who was taken for dead"
+
+
+def far(epoch: int) -> Progress:
+    sizes = {"cells": 1, "executions": 1, "began": 0, "epoch": epoch, "epochs": 9, "speed": 1.0}
+    return Progress.model_validate(
+        {"rule": "dfa", "arch": "8", "activation": "tanh", "seconds": 1.0, "cost": 1.0} | sizes
+    )
 
 
 def test_a_silent_worker_is_noticed(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,8 +111,9 @@ def test_after_the_death_of_a_worker_and_then_of_the_command_the_numbers_are_the
         ),
         pytest.param(
             (
-                "before bpf.workers.worker:discard_models",
-                "before bpf.workers.worker:Worker._discard_checkpoint",
+                "before bpf.workers.files:Folder.clear",
+                "before bpf.workers.files:Folder.discard",
+                "after bpf.workers.files:Folder.discard",
             ),
             id="discard",
             marks=pytest.mark.slow,
@@ -280,5 +281,5 @@ def test_that_nothing_could_be_cleared_up_is_no_failure_of_a_grid(
 
     directory = tmp_path / "grid"
     assert run("tune", str(directory), *GRID, "--workers", "1") == 0
-    monkeypatch.setattr("bpf.workers.worker.discard_models", away)  # here it is only asked for at the end
+    monkeypatch.setattr("bpf.workers.files.Folder.clear", away)  # here it is only asked for at the end
     assert run("resume", str(directory), "--quiet") == 0

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from bpf.cluster.desk import Desk
-from bpf.cluster.remote import Line, RemoteStudy
+from bpf.cluster.remote import Line, Pulse, RemoteStudy
 from bpf.console import tables
 from bpf.data.cache import load
 from bpf.errors import RunError, UsageError
@@ -356,6 +356,9 @@ def test_what_workers_at_the_desk_have_cost_comes_to_the_study(tmp_path: Path) -
             assert study.spent() is None
             holder.facts = holder.facts | {"spent": 10.0}
             remote.note(holder, AT)
+            pulse = Pulse(Line(desk.answer, patience=0.0), {"seat": "1-1", "node": "n", "where": "here"}, Stop())
+            pulse.holder = lambda: holder
+            pulse.close()  # its last report
             assert study.spent() == 10
             desk.leave("1-1")  # it is taken for dead, and comes anew
             assert remote.claim(holder, lambda row: 1)

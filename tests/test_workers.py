@@ -37,7 +37,7 @@ from bpf.workers import worker
 from bpf.workers.events import Event, Trained
 from bpf.workers.files import Folder
 from bpf.workers.job import Job, Terms
-from bpf.workers.worker import Worker, discard_models
+from bpf.workers.worker import Worker
 from invented import IN_SCRIPTS
 from waiting import SECONDS, eventually
 
@@ -679,5 +679,5 @@ def test_a_model_that_becomes_the_best_meanwhile_is_not_removed(tmp_path: Path) 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     study: Any = Meanwhile()
-    discard_models(study, Folder(tmp_path), "bp")
+    Folder(tmp_path).clear(study, "bp")
     assert set(models.kept(tmp_path / "models", "bp")) == {"new", "training"}

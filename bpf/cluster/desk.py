@@ -170,13 +170,6 @@ class Desk:
         self._study.fail(self._claim(token, key), key, error, cause)
 
     @validate_call
-    def do_note(self, token: Word, progress: dict[str, Any], facts: dict[str, Any]) -> None:
-        guest = self._guest(token)
-        assert guest.owner is not None
-        guest.owner.facts |= facts
-        self._study.note(guest.owner, Progress.model_validate(progress))
-
-    @validate_call
     def do_retire(self, token: Word, facts: dict[str, Any]) -> None:
         with suppress(Fenced):
             guest = self._guest(token)
@@ -204,9 +197,18 @@ class Desk:
 
     @validate_call
     def do_report(
-        self, seat: Word, node: Word, where: str, token: str, events: list[tuple[str, dict[str, Any]]]
+        self,
+        seat: Word,
+        node: Word,
+        where: str,
+        token: str,
+        facts: dict[str, Any] | None,
+        events: list[tuple[str, dict[str, Any]]],
     ) -> dict[str, Any]:
-        """What happened to a worker; tells whether to stop, whether the cells are lost, and when to report next."""
+        """What happened to a worker, and what it says of itself if that is new.
+
+        Tells whether to stop, whether the cells are lost, and when to report next.
+        """
         with self._lock:
             guest = self._guests.setdefault(seat, Guest(seat))
             guest.heard, guest.node, guest.where = time.monotonic(), node, where
@@ -215,6 +217,11 @@ class Desk:
                 guest.token = token
             pause = max(REPORT_SECONDS, len(self._guests) / REPORTS_A_SECOND)
             stop = self.stopping is None or seat in self.stopping
+        if facts and guest.owner is not None and not lost:
+            with suppress(ValidationError):  # nothing that is noted ends a training
+                progress = Progress.model_validate(facts.get("at"))
+                guest.owner.facts |= facts
+                self._study.note(guest.owner, progress)
         for kind, values in events:
             self._hear(seat, _EVENTS[kind].validate_python(values))
         return {"stop": stop, "lost": lost, "again": pause}
@@ -254,12 +261,12 @@ class Desk:
         self._files.save_model(rule, key, payload)
 
     @validate_call
-    def do_models(self, rule: Name) -> list[str]:
-        return sorted(self._files.models(rule))
-
-    @validate_call
-    def do_discard_model(self, rule: Name, key: Word) -> None:
-        self._files.discard_model(rule, key)
+    def do_clear(self, seat: Word, rule: Name, cohort: Word | None) -> None:
+        if cohort is not None:
+            with suppress(Fenced):
+                self._check_owner(seat, cohort)
+                self._files.discard(cohort)
+        self._files.clear(self._study, rule)
 
     # What the driver does.
 

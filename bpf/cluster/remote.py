@@ -20,7 +20,7 @@ from bpf.errors import BpfError, DiskFull, RunError
 from bpf.files import write_atomically
 from bpf.study.cells import Claim, Finished, Row
 from bpf.study.holder import Holder, Progress
-from bpf.study.seam import PATIENCE_SECONDS, Fenced, patiently
+from bpf.study.seam import PATIENCE_SECONDS, Fenced, WorkerStudy, patiently
 from bpf.workers.events import Event, Trained
 from bpf.workers.files import Scratch
 from bpf.workers.stopping import Stop
@@ -136,8 +136,7 @@ class RemoteStudy:
                 owner.begin_anew(self._enroll())
 
     def note(self, owner: Holder, progress: Progress) -> None:
-        with suppress(BpfError):
-            self._line.ask("note", token=owner.token, progress=progress.model_dump(), facts=owner.facts)
+        owner.facts = owner.facts | {"at": progress.model_dump()}  # it goes with the next report
 
     def progressed(self, claim: Claim, epoch: int) -> None:
         self._line.ask("progressed", token=claim.token, epoch=epoch)
@@ -211,12 +210,11 @@ class RemoteFiles(Scratch):
     def save_model(self, rule: str, key: str, content: bytes) -> None:
         self._line.ask("save_model", content, rule=rule, key=key)
 
-    def models(self, rule: str) -> set[str]:
-        return set(self._line.ask("models", rule=rule))
-
-    def discard_model(self, rule: str, key: str) -> None:
+    def clear(self, study: WorkerStudy[Any], rule: str, cohort: str | None = None) -> None:
+        if cohort is not None:
+            super().discard(cohort)
         with suppress(BpfError):
-            self._line.ask("discard_model", rule=rule, key=key)
+            self._line.ask("clear", seat=self._seat, rule=rule, cohort=cohort)
 
     def _part(self, cohort: str, at: int) -> bytes:
         return self._line.ask_bytes("fetch", cohort=cohort, at=at)[1]
@@ -230,8 +228,9 @@ class RemoteFiles(Scratch):
 
 
 class Pulse:
-    """A thread that reports what happens here, and learns whether to stop and whether the cells are lost.
+    """A thread that reports what happens here and what the worker says of itself, as its holder has it.
 
+    It learns whether to stop and whether the cells are lost.
     Once it is silent for longer than a lease lasts, the worker is taken for dead. `me` are the worker's seat, the id of
     its node, and where that is in words.
     """
@@ -240,6 +239,7 @@ class Pulse:
         self._line, self._me, self._stop = line, me, stop
         self.holder: Callable[[], Holder | None] = lambda: None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._said: dict[str, Any] = {}
         self._soon, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="bpf-pulse", daemon=True)
         self._thread.start()
@@ -270,9 +270,11 @@ class Pulse:
 
     def _report(self) -> float:
         holder = self.holder()
-        token, lost = (holder.token, holder.lost) if holder else ("", threading.Event())
+        token, lost, facts = (holder.token, holder.lost, holder.facts) if holder else ("", threading.Event(), {})
         events = [(type(event).__name__, asdict(event)) for event in self._drained()]
-        told = self._line.ask("report", b"", **self._me, token=token, events=events)
+        new = None if facts == self._said else facts
+        told = self._line.ask("report", b"", **self._me, token=token, facts=new, events=events)
+        self._said = facts
         if told["stop"]:
             self._stop.request()
         if told["lost"]:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -16,7 +16,7 @@ from bpf.experiment.places import checkpoint_path, model_path
 from bpf.locks import is_held, private
 from bpf.machine import user
 from bpf.results import models
-from bpf.study.seam import PATIENCE_SECONDS, patiently
+from bpf.study.seam import PATIENCE_SECONDS, WorkerStudy, patiently
 from bpf.training import checkpoint
 from bpf.workers.job import Job
 
@@ -49,11 +49,11 @@ class Files(Protocol):
 
     def save_model(self, rule: str, key: str, content: bytes) -> None: ...
 
-    def models(self, rule: str) -> set[str]:
-        """The keys of the cells whose models are kept, of a rule."""
+    def clear(self, study: WorkerStudy[Any], rule: str, cohort: str | None) -> None:
+        """Remove what is of no more use when a cohort has finished: its checkpoint, if it is given, and the networks
+        of cells of the rule that are finished and not the best. One that is not finished may become it.
+        """
         ...
-
-    def discard_model(self, rule: str, key: str) -> None: ...
 
     def close(self) -> None:
         """Remove what only this process has needed."""
@@ -83,11 +83,14 @@ class Folder:
     def save_model(self, rule: str, key: str, content: bytes) -> None:
         models.save(model_path(self.path / "models", rule, key), content)
 
-    def models(self, rule: str) -> set[str]:
-        return set(models.kept(self.path / "models", rule))
-
-    def discard_model(self, rule: str, key: str) -> None:
-        models.discard(model_path(self.path / "models", rule, key))
+    def clear(self, study: WorkerStudy[Any], rule: str, cohort: str | None = None) -> None:
+        if cohort is not None:
+            self.discard(cohort)
+        kept = models.kept(self.path / "models", rule)
+        finished = study.finished(kept)
+        best = study.best(rule)  # looked for last: what had finished by then and is not the best will never be it
+        for key in finished - ({best[0]} if best is not None else finished):
+            models.discard(kept[key])
 
     def close(self) -> None:
         pass
@@ -127,11 +130,10 @@ class Stored:
     def save_model(self, rule: str, key: str, content: bytes) -> None:
         self._files.save_model(rule, key, content)
 
-    def models(self, rule: str) -> set[str]:
-        return self._files.models(rule)
-
-    def discard_model(self, rule: str, key: str) -> None:
-        self._files.discard_model(rule, key)
+    def clear(self, study: WorkerStudy[Any], rule: str, cohort: str | None) -> None:
+        if cohort is not None:
+            self.discard(cohort)
+        self._files.clear(study, rule, None)
 
     def close(self) -> None:
         if self._scratch is not None:

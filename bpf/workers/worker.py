@@ -49,18 +49,6 @@ LEAST_PAUSE = 10
 """So many times as long as a checkpoint took to store, it is trained before the next one, unless each epoch has one."""
 
 
-def discard_models(study: WorkerStudy[Any], files: Files, rule: str) -> None:
-    """Remove the networks of cells that are finished and not the best. One that is not finished may become it.
-
-    The best is looked for last: what had finished by then and is not the best will never be it, whatever other workers
-    finish meanwhile.
-    """
-    finished = study.finished(files.models(rule))
-    best = study.best(rule)
-    for key in finished - ({best[0]} if best is not None else finished):
-        files.discard_model(rule, key)
-
-
 @dataclass
 class Worker:
     """One process's work on an experiment, whose cells and files are wherever `study` and `files` have them."""
@@ -257,9 +245,7 @@ class Worker:
         self.study.finish(training.claim, *(outcome.finished for outcome in outcomes))
         for outcome in outcomes:
             self._tell_ended(outcome.row, outcome.finished.state, outcome.finished.value)
-        discard_models(self.study, self.files, training.claim.rows[0].rule)
-        if not self._keep:
-            self._discard_checkpoint(training.claim)
+        self.files.clear(self.study, training.claim.rows[0].rule, None if self._keep else training.claim.cohort)
 
     def _keep_model(self, training: ClaimTraining, outcomes: list[Outcome]) -> None:
         """Write the network of a cell that would be the best of its rule. Before it is: a crash must not lose it."""
@@ -287,7 +273,7 @@ class Worker:
         )
         if stacked > 1:
             self.study.release(claim, max_runs=stacked // 2, cause="memory")
-            self._discard_checkpoint(claim)
+            self.files.discard(claim.cohort)
             self.tell(Trouble(f"{what}, {stacked} executions together; it is tried again with {stacked // 2}."))
             self.tell(GivenUp())
             return
@@ -298,7 +284,7 @@ class Worker:
         """A rule raised: its cell has failed. In a cohort each is tried alone, so that only the guilty one fails."""
         if len(claim.rows) > 1:
             self.study.release(claim, max_runs=self._executions, cause="exception")
-            self._discard_checkpoint(claim)
+            self.files.discard(claim.cohort)
             self.tell(Trouble(f"{trace.strip().splitlines()[-1]}: its cohort is tried again, each cell alone."))
             self.tell(GivenUp())
         else:
@@ -309,15 +295,12 @@ class Worker:
             for row in claim.rows:
                 self.study.fail(claim, row.key, error, cause)
                 self._tell_ended(row, "failed", None)
-        self._discard_checkpoint(claim)
+        self.files.discard(claim.cohort)
 
     def _tell_ended(self, row: Row, state: str, value: float | None) -> None:
         self.tell(
             Ended(row.key, row.name, row.rule, row.chosen, state, value, row.cost * (self._executions - row.done))
         )
-
-    def _discard_checkpoint(self, claim: Claim) -> None:
-        self.files.discard(claim.cohort)
 
     def _cohort_size(self, row: Row) -> int:
         if row.max_runs:
