@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=["overhead", "start"], action="append")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=95, help="of the grid whose overhead is measured")
+    parser.add_argument("--epochs", type=int, default=150, help="of the grid whose overhead is measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     told: dict[str, object] = {"cores": os.cpu_count()}
