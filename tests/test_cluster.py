@@ -9,15 +9,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from bpf import api
+from bpf.cli.session import train_all
+from bpf.cluster import answers
 from bpf.cluster import desk as desks
 from bpf.cluster import engine as engines
 from bpf.cluster.carrier import carried
@@ -25,10 +29,12 @@ from bpf.cluster.desk import Desk
 from bpf.cluster.driver import Driver
 from bpf.cluster.engine import Gone
 from bpf.cluster.incoming import Incoming
+from bpf.cluster.logs import NodeLogs
 from bpf.cluster.nodes import Node, kinds
 from bpf.cluster.post import Post, _problem, code_of
 from bpf.cluster.remote import Away, Line, Pulse, RemoteFiles, RemoteStudy
-from bpf.cluster.wire import PART_BYTES, is_report
+from bpf.cluster.seats import Seats
+from bpf.cluster.wire import BUSY, PART_BYTES, heading
 from bpf.data.cache import load
 from bpf.errors import DiskFull, RunError, UsageError
 from bpf.experiment.directory import Experiment, open_experiment
@@ -39,10 +45,11 @@ from bpf.study.cells import Finished
 from bpf.study.holder import Progress
 from bpf.study.seam import Fenced
 from bpf.workers.effort import Effort
-from bpf.workers.events import Event, Trained
+from bpf.workers.events import Event, Trained, Trouble
 from bpf.workers.files import Folder
 from bpf.workers.job import Terms
 from bpf.workers.stopping import Stop
+from bpf.workers.supervisor import Crashed
 from bpf.workers.worker import Worker
 from chaos import assert_ran_once, outcomes
 from clusters import needed_ray
@@ -233,6 +240,29 @@ def test_who_was_taken_for_dead_stores_nothing_and_claims_anew(tmp_path: Path, o
     assert all(row.kills == 0 for row in summary.rows(office.experiment)), "it was nobody's fault"
 
 
+@pytest.mark.parametrize("fault", [MemoryError, ValueError])
+def test_who_was_taken_for_dead_and_then_fails_touches_nothing_of_the_next_owner(
+    fault: type[Exception], tmp_path: Path, office: Office, data: Any
+) -> None:
+    worker, at = office.worker("1-1", data), list[int]()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Trained) and not at:
+            at.append(event.epoch)
+            guest = office.desk.guest("1-1")
+            assert guest is not None
+            office.study.repair(False, [guest.token])
+            office.desk.leave("1-1")
+            raise fault
+
+    worker.tell = tell
+    worker.run()
+    assert at == [1]
+    assert "discard" not in office.asked
+    assert outcomes(office.experiment.directory) == reference(tmp_path)
+    assert {(row.state, row.cause) for row in summary.rows(office.experiment)} == {("complete", None)}
+
+
 def test_cells_whose_driver_died_are_not_blamed_for_it(office: Office, data: Any) -> None:
     with claimed(office, "1-1"):
         guest = office.desk.guest("1-1")
@@ -252,6 +282,77 @@ def test_cells_whose_driver_died_are_not_blamed_for_it(office: Office, data: Any
                 claim = study.claim(owner, lambda row: 1)
                 assert claim is not None
                 assert [(row.attempt, row.kills, row.cause) for row in claim.rows] == [(2, 0, None)]
+
+
+class Asked:
+    """An engine whose actors do nothing; `works` are the outcomes of their work, which a test decides."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.there, self.kinds, self.works = list(nodes), list[str](), list[Future[Any]]()
+        self.ray = SimpleNamespace(exceptions=SimpleNamespace(RayActorError=KeyError))
+
+    def actor(self, kind: str) -> Any:
+        def work(order: Any, post: Any) -> Any:
+            self.works.append(Future())
+            return SimpleNamespace(future=lambda made=self.works[-1]: made)
+
+        self.kinds.append(kind)
+        return SimpleNamespace(work=SimpleNamespace(remote=work))
+
+    def let_go(self, actor: Any) -> None:
+        pass
+
+    def driver(self, office: Office, device: str, workers: int | None, told: list[Event]) -> Driver:
+        """One whose seats are asked for by `_place`, and that hears of them by `_listen`."""
+        effort = Effort(workers=workers, on="auto")
+        made = Driver(
+            cast("Any", self),
+            office.experiment,
+            office.study,
+            cast("Any", None),
+            device,
+            effort,
+            lambda number, event: told.append(event),
+            Stop(),
+        )
+        made._nodes, made._kinds, made._desk = self.there, kinds(device, self.there), office.desk
+        made._heard, made._logs = SimpleQueue(), NodeLogs(office.experiment.directory)
+        made._seats = Seats(cast("Any", self), {}, None, 1, made._heard.put)
+        return made
+
+
+def test_a_node_that_lacks_something_is_left_out_until_no_other_one_is_left(office: Office) -> None:
+    told: list[Event] = []
+    engine = Asked(Node("a", "10.0.0.1", 1, 0), Node("b", "10.0.0.2", 1, 0))
+    driver = engine.driver(office, "cpu", None, told)
+    driver._place(8)
+    assert len(engine.works) == 2
+    engine.works[0].set_result({"how": "unfit", "text": "Node a: torch is missing.", "exit_code": 2, "node": "a"})
+    driver._listen()
+    driver._place(8)
+    assert len(engine.works) == 2, "nobody is asked to work there again"
+    assert [event.text for event in told if isinstance(event, Trouble)] == ["Node a: torch is missing. It is left out."]
+    engine.works[1].set_result({"how": "unfit", "text": "Node b: torch is missing.", "exit_code": 2, "node": "b"})
+    with pytest.raises(UsageError, match=r"^Node b: torch is missing\.$"):
+        driver._listen()
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "asked"),
+    [
+        ("cuda,cpu", 8, ["cuda"] * 2 + ["cpu"] * 6),
+        ("cpu,cuda", 5, ["cpu"] * 5),
+        ("cuda,cpu", None, ["cuda"] * 2 + ["cpu"] * 9),
+        ("cuda", 8, ["cuda"] * 8),
+    ],
+)
+def test_workers_are_asked_for_where_there_is_room(
+    device: str, workers: int | None, asked: list[str], office: Office
+) -> None:
+    """For more than there is if one kind is wanted, as an autoscaler may have them."""
+    engine = Asked(Node("a", "10.0.0.1", 1, 2), Node("b", "10.0.0.2", 8, 0))
+    engine.driver(office, device, workers, [])._place(100)
+    assert engine.kinds == asked
 
 
 def test_the_desk_gone_gives_all_cells_back(office: Office, data: Any) -> None:
@@ -277,9 +378,9 @@ def test_a_worker_is_asked_once_how_many_cells_of_each_kind_it_stacks(office: Of
 
 
 @pytest.mark.parametrize("question", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff"])
-def test_what_makes_no_sense_is_no_report(question: bytes) -> None:
-    assert not is_report(question)
-    assert is_report(b'{"do": "report"}')
+def test_what_makes_no_sense_has_no_heading(question: bytes) -> None:
+    assert heading(question) == ("", 0, "")
+    assert heading(b'{"line": "a", "number": 3, "do": "report"}') == ("a", 3, "report")
 
 
 def test_only_the_owner_finishes_a_cell(office: Office) -> None:
@@ -303,11 +404,16 @@ def test_only_the_owner_finishes_a_cell(office: Office) -> None:
         ("claim", {"token": "0" * 16, "sizes": {"a": "many"}}),
         ("fetch", {"cohort": "../../etc/passwd", "at": 0}),
         ("fetch", {"cohort": "a", "at": -1}),
-        ("save_model", {"rule": "../dfa", "key": "k"}),
+        ("save_model", {"seat": "1", "rule": "../dfa", "key": "k"}),
         ("clear", {"seat": "1", "rule": "../dfa", "cohort": None}),
         ("clear", {"seat": "1", "rule": "dfa", "cohort": "../../experiment"}),
         ("set_aside", {"cohort": "a/b"}),
         ("report", {"seat": "1", "node": "n", "where": "", "token": "", "facts": None, "events": [["Popen", {}]]}),
+        (
+            "report",
+            {"seat": "1", "node": "n", "where": "", "token": "", "facts": None}
+            | {"events": [["Trained", {"epoch": 1, "speed": float("nan")}]]},
+        ),
         ("nothing", {}),
     ],
 )
@@ -350,6 +456,8 @@ def test_a_worker_that_was_taken_for_dead_stores_no_checkpoint(office: Office) -
         there.discard(cohort)
         with pytest.raises(Fenced):
             there.set_aside(cohort)
+        with pytest.raises(Fenced, match="network"):
+            there.save_model("bp", "0123456789abcdef", b"late")
         stored = office.experiment.files / "checkpoints" / f"{cohort}.pt"
         assert stored.read_bytes() == b"early"
 
@@ -358,14 +466,19 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     incoming, path = Incoming(), tmp_path / "a.pt"
     path.write_bytes(b"old")
     with pytest.raises(RunError, match="some are missing"):
-        incoming.receive(path, "one", 5, None, b"x")
-    incoming.receive(path, "one", 0, None, b"one")
+        incoming.receive("1-1", path, "one", 5, None, b"x")
+    incoming.receive("1-1", path, "one", 0, None, b"one")
     with pytest.raises(RunError, match="do not belong together"):
-        incoming.receive(path, "one", 7, None, b"two")
-    incoming.receive(path, "one", 0, None, b"one")
+        incoming.receive("1-1", path, "one", 7, None, b"two")
+    incoming.receive("1-1", path, "one", 0, None, b"one")
     with pytest.raises(RunError, match="other bytes"):
-        incoming.receive(path, "one", 3, "0" * 64, b"two")
-    incoming.receive(path, "one", 0, None, b"half")
+        incoming.receive("1-1", path, "one", 3, "0" * 64, b"two")
+    incoming.receive("1-1", path, "one", 0, None, b"half")
+    incoming.receive("1-1", path, "two", 0, None, b"half")  # in its place
+    assert len([*tmp_path.iterdir()]) == 2
+    incoming.receive("2-1", path, "three", 0, None, b"half")
+    incoming.drop("1-1")
+    assert len([*tmp_path.iterdir()]) == 2
     incoming.close()
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.pt", b"old")]
 
@@ -375,8 +488,12 @@ def test_a_full_disk_at_the_desk_is_one_at_the_worker(office: Office, monkeypatc
         raise DiskFull(path)
 
     monkeypatch.setattr("bpf.results.models.save", full)
-    with pytest.raises(DiskFull, match="models/dfa/k"):
-        RemoteFiles(office.line(), "1-1").save_model("dfa", "k", b"content")
+    with claimed(office, "1-1"):
+        guest = office.desk.guest("1-1")
+        assert guest is not None
+        assert guest.claim is not None
+        with pytest.raises(DiskFull, match="models/dfa/"):
+            RemoteFiles(office.line(), "1-1").save_model("dfa", guest.claim.rows[0].key, b"content")
 
 
 def test_a_line_waits_for_the_post_and_then_gives_up() -> None:
@@ -503,11 +620,138 @@ def far(epoch: int) -> Progress:
 
 
 def test_a_silent_worker_is_noticed(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
     with RemoteStudy(office.line(), "1-1").enrolled({}):
         assert office.desk.silent() == []
-        monkeypatch.setattr(desks, "LEASE_SECONDS", 0.01)
-        time.sleep(0.05)
-        assert [guest.seat for guest in office.desk.silent()] == ["1-1"]
+        silent = []
+        for _ in range(61):
+            now[0] += 1.0
+            silent = [guest.seat for guest in office.desk.silent()]
+        assert silent == ["1-1"]
+
+
+def test_nobody_is_silent_because_the_driver_stood_still(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
+    with RemoteStudy(office.line(), "1-1").enrolled({}):
+        assert office.desk.silent() == []
+        now[0] += 1000.0
+        assert office.desk.silent() == [], "it may have spoken meanwhile"
+        now[0] += 1.0
+        assert office.desk.silent() == []
+
+
+def test_a_last_word_that_comes_late_is_not_kept_for_ever(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(desks.time, "monotonic", lambda: now[0])
+    me = {"seat": "1-1", "node": "n", "where": "here"}
+    office.line().ask("report", **me, token="", facts=None, events=[])
+    assert office.desk.guest("1-1") is not None
+    for _ in range(61):
+        now[0] += 1.0
+        assert office.desk.silent() == []
+    assert office.desk.guest("1-1") is None
+
+
+def test_who_was_taken_for_dead_gives_nothing_back(office: Office) -> None:
+    study = RemoteStudy(office.line(), "1-1")
+    with study.enrolled({}) as owner:
+        claim = study.claim(owner, lambda row: 1)
+        assert claim is not None
+        office.desk.leave("1-1")
+        assert study.release(claim, max_runs=1, cause="memory") == 0
+
+
+def test_an_answer_is_kept_as_long_as_it_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [time.monotonic()], list[str]()
+    monkeypatch.setattr(answers.time, "monotonic", lambda: now[0])
+    kept = answers.Answers()
+
+    def ask(line: str, number: int) -> bytes:
+        made.append(f"{line}{number}")
+        return made[-1].encode()
+
+    def give(line: str, number: int) -> bytes:
+        return kept.give(line, number, lambda: (ask(line, number), b""))[0]
+
+    assert [give("a", 1), give("a", 1), give("b", 1), give("a", 2)] == [b"a1", b"a1", b"b1", b"a2"]
+    assert give("a", 1) == BUSY, "a question from before, late on its way, is not done again"
+    assert made == ["a1", "b1", "a2"]
+    now[0] += answers.FORGET_SECONDS + 1
+    assert give("c", 1) == b"c1"
+    assert list(kept._last) == ["c"]
+
+
+def test_while_the_desk_waits_a_question_that_is_asked_again_takes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpf.cluster.remote.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("bpf.cluster.carrier.ANSWERING", 1)
+    actors, full, begun, once = Actors(), threading.Event(), list[str](), answers.Answers()
+
+    def desk(question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        line, number, do = heading(question)
+
+        def waiting() -> tuple[bytes, bytes]:
+            begun.append(do)
+            assert full.wait(10.0)
+            return b'{"told": 7}', payload
+
+        return once.give(line, number, waiting)
+
+    def send(question: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        try:
+            return cast("tuple[bytes, bytes]", actors.ask.remote(question, payload).result(0.2))
+        except TimeoutError:
+            raise Away("no answer") from None
+
+    ray = SimpleNamespace(get=actors.get, kill=actors.kill)
+    with carried(ray, actors, desk):
+        line, told = Line(send, patience=2.0), list[str]()
+
+        def wait(reason: str) -> None:
+            told.append(reason)
+            if sum("waited for" in one for one in told) == 3:
+                full.set()
+
+        line.on_wait = wait
+        assert line.ask("finish") == 7
+        assert begun == ["finish"], "once"
+        assert "The driver has not answered yet; it is waited for." in told
+        full.clear()
+        impatient = Line(send, patience=0.0)
+        with pytest.raises(Away):
+            impatient.ask("retire")
+        full.set()
+
+
+def test_what_was_a_worker_of_another_cohort_leaves_nothing_in_its_folder(office: Office) -> None:
+    with closing(RemoteFiles(office.line(), "1-1")) as there:
+        first = there.checkpoint("a" * 16, False)
+        first.parent.mkdir()
+        first.write_bytes(b"kept at the desk")
+        there.checkpoint("b" * 16, False)
+        assert list(first.parent.iterdir()) == []
+
+
+def test_a_process_that_ends_before_it_says_anything_is_told(office: Office) -> None:
+    class Died(Exception):
+        pass
+
+    told: list[Event] = []
+    engine = Asked(Node("a", "10.0.0.1", 1, 0))
+    driver = engine.driver(office, "cpu", None, told)
+    engine.ray = SimpleNamespace(exceptions=SimpleNamespace(RayActorError=Died))
+    driver._place(1)
+    for _ in range(5):
+        assert told == []
+        engine.works[-1].set_exception(Died())
+        driver._listen()
+        driver._seats.all[0].again = 0.0
+        driver._seats.refill()
+    assert len(engine.works) == 6
+    [trouble] = told
+    assert isinstance(trouble, Trouble)
+    assert "Worker 1 has ended 5 times in a row before it could say anything" in trouble.text
 
 
 def test_kinds_of_nodes() -> None:
@@ -636,6 +880,16 @@ def test_a_mistake(options: str, said: str, tmp_path: Path, monkeypatch: pytest.
     assert said in " ".join(done.stderr.split())
     assert "secret" not in done.stderr + done.stdout
     assert not (tmp_path / "grid").exists()
+
+
+def test_what_to_paste_names_the_cluster(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashing(*arguments: Any) -> None:
+        raise Crashed("5 workers in a row have crashed.")
+
+    monkeypatch.setattr(api, "run", crashing)
+    for on, ending in (("10.0.0.1:6379", " --on 10.0.0.1:6379"), (None, "")):
+        with pytest.raises(Crashed, match=f"go on with: bpf resume {experiment.directory}{ending}$"):
+            train_all(experiment, Effort(on=on), lambda outset: _unwatched(outset))
 
 
 def test_a_grid_on_ray_is_that_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

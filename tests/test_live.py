@@ -60,6 +60,16 @@ def test_rows_fit_into_a_narrow_terminal(screen: Screen) -> None:
     assert best == "best val_loss 0.1 by dfa, 0.5 by bp, 1.1 by drtp, 2.1 by ll-cce, 3.1 by ll-mse"
 
 
+def test_a_last_word_of_a_worker_that_was_given_up_changes_nothing(screen: Screen) -> None:
+    screen(True)
+    with LiveProgress(OUTSET) as progress:
+        progress(1, BEGAN)
+        progress(1, Left("crashed", "its process or its node was lost"))
+        before = rows(progress)
+        progress(1, Trained(3, 12345.6, 0.5))
+        assert rows(progress) == before
+
+
 def test_of_many_workers_some_have_a_bar(screen: Screen) -> None:
     screen(True)
     with LiveProgress(OUTSET) as progress:

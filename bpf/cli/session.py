@@ -33,20 +33,21 @@ def train_all(
     from bpf.workers.supervisor import Crashed
 
     directory = shlex.quote(str(experiment.directory))
+    resume = f"bpf resume {directory}{f' --on {effort.on}' if effort.on else ''}"
 
     def told() -> str:
-        last = f"Nothing finished is lost. Go on with: bpf resume {directory}"
+        last = f"Nothing finished is lost. Go on with: {resume}"
         return f"Interrupted at once. {last}" if experiment.begun else interrupts.NOTHING_BEGUN
 
     with (
         interrupts.interruptible(told, at_once=True),
         _notifying(experiment, notify or []),
-        interruptible(f"Go on with: bpf resume {directory}", lambda: experiment.begun),
+        interruptible(f"Go on with: {resume}", lambda: experiment.begun),
     ):
         try:
             api.run(experiment, observe, command_line(), effort, retry_failed)
         except Crashed as error:
-            raise Crashed(f"{error} See `bpf status {directory}`; go on with: bpf resume {directory}") from error
+            raise Crashed(f"{error} See `bpf status {directory}`; go on with: {resume}") from error
 
 
 @contextmanager

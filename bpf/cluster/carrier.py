@@ -3,12 +3,12 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from bpf.cluster.post import Post
-from bpf.cluster.wire import is_report
+from bpf.cluster.wire import BUSY, heading
 
 EXCHANGE_SECONDS = 10.0
 SOON_SECONDS = 0.02
@@ -21,8 +21,12 @@ one whose report waited with them would be taken for dead."""
 
 
 def new_post(ray: Any) -> Any:
-    """An actor that carries questions, which Ray starts again when it dies."""
-    return ray.remote(Post).options(num_cpus=0, max_restarts=-1, max_concurrency=100_000).remote()
+    """An actor that carries questions, which Ray starts again when it dies; on the driver's node, if that lives."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 100_000, "scheduling_strategy": here}
+    return ray.remote(Post).options(**options).remote()
 
 
 @contextmanager
@@ -40,11 +44,27 @@ def carried(ray: Any, post: Any, desk: Callable[[bytes, bytes], tuple[bytes, byt
                 found.append(answers.get_nowait())
         return found
 
-    def answer(ticket: str, question: bytes, payload: bytes) -> None:
-        with suppress(Exception):  # whoever asked asks again
+    being_answered: set[tuple[str, int]] = set()
+
+    def answer(place: tuple[str, int], ticket: str, question: bytes, payload: bytes) -> None:
+        try:
             answers.put((ticket, *desk(question, payload)))
+        except Exception:  # whoever asked asks again
+            return
+        finally:
+            being_answered.discard(place)
+        with suppress(Exception):
             if asking.is_set() and (late := drained()):
                 post.give.remote(late)
+
+    def begin(ticket: str, question: bytes, payload: bytes) -> "Future[None] | None":
+        line, number, do = heading(question)
+        if (line, number) in being_answered:  # it waits, such as for a full disk, and so would one thread more
+            answers.put((ticket, BUSY, b""))
+            return None
+        if line:
+            being_answered.add((line, number))
+        return (hearing if do == "report" else pool).submit(answer, (line, number), ticket, question, payload)
 
     def exchange() -> None:
         while not closing.is_set():
@@ -55,8 +75,7 @@ def carried(ray: Any, post: Any, desk: Callable[[bytes, bytes], tuple[bytes, byt
                 closing.wait(PAUSE_SECONDS)
                 continue
             asking.clear()
-            taken = [(hearing if is_report(asked[1]) else pool).submit(answer, *asked) for asked in questions]
-            wait(taken, SOON_SECONDS)
+            wait([begun for asked in questions if (begun := begin(*asked)) is not None], SOON_SECONDS)
 
     with ThreadPoolExecutor(ANSWERING, "bpf-desk") as pool, ThreadPoolExecutor(HEARING, "bpf-desk") as hearing:
         thread = threading.Thread(target=exchange, name="bpf-post", daemon=True)

@@ -8,13 +8,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, validate_call
 
+from bpf.cluster.answers import Answers
 from bpf.cluster.incoming import Incoming
 from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, REPORTS_A_SECOND, Unsized, kind_of
 from bpf.errors import BpfError, DiskFull
@@ -54,14 +54,6 @@ class Guest:
     heard: float = field(default_factory=time.monotonic)
 
 
-@dataclass
-class _Question:
-    """The last question that came on a line; asked again, it gets the same answer."""
-
-    number: int
-    answer: Future[tuple[bytes, bytes]]
-
-
 class Desk:
     """Answers for the study and the files of one experiment; its methods may be called by several threads.
 
@@ -73,28 +65,17 @@ class Desk:
         self._study, self._files, self._hear = study, files, hear
         self._hosts = study.database.path is not None
         self._guests: dict[str, Guest] = {}
-        self._questions: dict[str, _Question] = {}
+        self._answers = Answers()
         self._incoming = Incoming()
         self._lock = threading.Lock()
+        self._asked = time.monotonic()
         self.stopping: set[str] | None = set()
         """The seats that are to stop; None for all."""
 
     def answer(self, question: bytes, payload: bytes = b"") -> tuple[bytes, bytes]:
         """The answer to a question; to one that was asked before and whose answer was lost, the same one."""
         asked = json.loads(question)
-        line, number = str(asked["line"]), int(asked["number"])
-        with self._lock:
-            known = self._questions.get(line)
-            new = known is None or known.number != number
-            if new:
-                known = self._questions[line] = _Question(number, Future())
-        assert known is not None
-        if new:
-            try:
-                known.answer.set_result(self._answer(asked, payload))
-            except BaseException as error:
-                known.answer.set_exception(error)
-        return known.answer.result()
+        return self._answers.give(str(asked["line"]), int(asked["number"]), lambda: self._answer(asked, payload))
 
     def _answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
         back = b""
@@ -158,7 +139,9 @@ class Desk:
 
     @validate_call
     def do_release(self, token: Word, max_runs: Count | None, cause: Cause | None) -> int:
-        return self._study.release(self._claim(token), max_runs=max_runs, cause=cause)
+        with suppress(Fenced):
+            return self._study.release(self._claim(token), max_runs=max_runs, cause=cause)
+        return 0
 
     @validate_call
     def do_finish(self, token: Word, payload: bytes) -> None:
@@ -215,8 +198,9 @@ class Desk:
             lost = bool(self._hosts and token and token != guest.token)
             if not self._hosts:
                 guest.token = token
-            pause = max(REPORT_SECONDS, len(self._guests) / REPORTS_A_SECOND)
-            stop = self.stopping is None or seat in self.stopping
+            pause = min(max(REPORT_SECONDS, len(self._guests) / REPORTS_A_SECOND), LEASE_SECONDS / 3)
+            stopping = self.stopping
+            stop = stopping is None or seat in stopping
         if facts and guest.owner is not None and not lost:
             with suppress(ValidationError):  # nothing that is noted ends a training
                 progress = Progress.model_validate(facts.get("at"))
@@ -244,7 +228,7 @@ class Desk:
     ) -> None:
         """The next bytes of a checkpoint, in an upload of its own; with the SHA-256 of all of it they are the last."""
         self._check_owner(seat, cohort)
-        self._incoming.receive(self._files.checkpoint(cohort), upload, at, digest, payload)
+        self._incoming.receive(seat, self._files.checkpoint(cohort), upload, at, digest, payload)
 
     @validate_call
     def do_set_aside(self, seat: Word, cohort: Word) -> str:
@@ -257,7 +241,10 @@ class Desk:
         self._files.discard(cohort)
 
     @validate_call
-    def do_save_model(self, rule: Name, key: Word, payload: bytes = b"") -> None:
+    def do_save_model(self, seat: Word, rule: Name, key: Word, payload: bytes = b"") -> None:
+        guest = self.guest(seat)
+        if self._hosts and (guest is None or guest.claim is None or key not in {row.key for row in guest.claim.rows}):
+            raise Fenced("This worker was taken for dead; its network was not stored.")
         self._files.save_model(rule, key, payload)
 
     @validate_call
@@ -275,10 +262,21 @@ class Desk:
             return self._guests.get(seat)
 
     def silent(self) -> list[Guest]:
-        """The workers that own through the desk and have not been heard of for as long as a lease lasts."""
+        """The workers that own through the desk and have not been heard of for as long as a lease lasts.
+
+        To be asked often: who was not heard while this process stood still, as after Ctrl-Z, may have spoken.
+        """
+        now = time.monotonic()
         with self._lock:
-            guests = [guest for guest in self._guests.values() if guest.owner is not None]
-        return [guest for guest in guests if time.monotonic() - guest.heard > LEASE_SECONDS]
+            if now - self._asked > LEASE_SECONDS / 3:
+                for guest in self._guests.values():
+                    guest.heard = now
+            self._asked = now
+            quiet = [guest for guest in self._guests.values() if now - guest.heard > LEASE_SECONDS]
+            for guest in quiet:
+                if guest.owner is None and self._hosts:  # a last word that came late
+                    del self._guests[guest.seat]
+        return [guest for guest in quiet if guest.owner is not None]
 
     def tokens(self) -> list[str]:
         """Of everyone who may own cells."""
@@ -289,6 +287,7 @@ class Desk:
         """Let a worker go: what it has not given back is for others now."""
         with self._lock:
             guest = self._guests.pop(seat, None)
+        self._incoming.drop(seat)
         if guest is not None and guest.owner is not None:
             guest.owner.close()
 

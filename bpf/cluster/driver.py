@@ -34,6 +34,7 @@ POLL_SECONDS = 0.5
 JUDGE_SECONDS = 30.0
 """After the death of a worker: so long it takes Ray to notice that its node has died, if nobody else can tell."""
 GRACE_SECONDS = 5.0
+EARLY_ENDS = 5
 Heard = tuple[str, Event] | Seat
 """What a worker tells, by the name of its seat; or a seat whose work has ended."""
 
@@ -133,8 +134,8 @@ class Driver:
                 self._desk.stopping.add(seat.name)
         others = [node for node in self._nodes if node.kind not in self._kinds and (node.cpus or node.gpus)]
         if others and self.device == "auto":
-            kind = "GPUs" if others[0].gpus else "no GPUs"
-            self._tell_once(f"A node with {kind} has joined; it is not used, as the others are of another kind.")
+            kind, used = ("GPUs", "its cores are") if others[0].gpus else ("no GPUs", "it is not")
+            self._tell_once(f"A node with {kind} has joined; {used} used, as the others are of another kind.")
         there = {node.id for node in self._nodes}
         for seat in [seat for seat in self._seats.all if seat.unfit and seat.node not in there]:
             self._seats.remove(seat)
@@ -153,7 +154,9 @@ class Driver:
             room = sum(node.seats(kind, self.effort.workers_per_gpu) for node in nodes)
             room -= sum(seat.unfit and seat.kind == kind for seat in self._seats.all)
             if self.effort.workers is not None:
-                room = self.effort.workers - (len(working) - len(there))
+                wanted = self.effort.workers - (len(working) - len(there))
+                # where both kinds are wanted, no more than there is: the other one has places too
+                room = wanted if len(self._kinds) == 1 else min(room, wanted)
             idle = sum(self._desk.guest(seat.name) is None for seat in there)
             for _ in range(min(room - len(there), claimable - idle)):
                 self._seats.add(kind)
@@ -181,6 +184,8 @@ class Driver:
         if isinstance(event, Saved) or (isinstance(event, Ended) and event.state != "failed"):
             self._crashes = 0
         seat = next((seat for seat in self._seats.all if seat.name == name), None)
+        if seat is not None:
+            seat.early = 0
         if seat is not None and isinstance(event, Began):
             seat.doing = f"{event.rule} with arch {event.arch}"
         guest = self._desk.guest(name)
@@ -203,6 +208,13 @@ class Driver:
             if guest is not None:
                 self._lost.append((replace(seat), guest, time.monotonic()))
                 self._tell(seat.number, Left("crashed", "its process or its node was lost"), where)
+                return
+            seat.early += 1
+            if seat.early == EARLY_ENDS:
+                self._tell_once(
+                    f"Worker {seat.number} has ended {EARLY_ENDS} times in a row before it could say anything: Ray's "
+                    "logs of its node may say why. It is started again and again."
+                )
             return
         except Exception as error:
             raise RunError(f"Worker {seat.number} could not be run: {said(error)}") from error
@@ -221,7 +233,12 @@ class Driver:
     def _unfit(self, seat: Seat, left: Left) -> None:
         """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle."""
         seat.unfit = True
-        if self._worked and any(self._desk.guest(other.name) for other in self._seats.working()):
+        unfit = {other.node for other in self._seats.all if other.unfit}
+        others = any(
+            node.seats(seat.kind, self.effort.workers_per_gpu) and not node.leaving and node.id not in unfit
+            for node in self._nodes
+        )
+        if others or (self._worked and any(self._desk.guest(other.name) for other in self._seats.working())):
             self._tell_once(f"{left.text} It is left out.")
             return
         error = UsageError(left.text) if left.how == "unfit" else BpfError(left.text)

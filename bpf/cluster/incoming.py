@@ -14,6 +14,7 @@ from bpf.files import explaining, sync_directory
 
 @dataclass
 class _Arriving:
+    sender: str
     path: Path
     file: IO[bytes]
     digest: Any = field(default_factory=hashlib.sha256)
@@ -33,7 +34,7 @@ class Incoming:
         self._arriving: dict[str, _Arriving] = {}
         self._lock = threading.Lock()
 
-    def receive(self, path: Path, upload: str, at: int, digest: str | None, part: bytes) -> None:
+    def receive(self, sender: str, path: Path, upload: str, at: int, digest: str | None, part: bytes) -> None:
         """The next bytes of a file, from `at` on; with the SHA-256 of all of it they are its last.
 
         Raises RunError for parts that do not belong together, and DiskFull.
@@ -44,9 +45,10 @@ class Incoming:
             if at == 0:
                 if arriving is not None:
                     arriving.drop()
+                self.drop(sender)  # it sends one at a time
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-                arriving = _Arriving(new, new.open("xb"))
+                arriving = _Arriving(sender, new, new.open("xb"))
             if arriving is None:
                 raise RunError(f"{path} came in parts of which some are missing.")
             try:
@@ -62,6 +64,13 @@ class Incoming:
                 raise
             with self._lock:
                 self._arriving[upload] = arriving
+
+    def drop(self, sender: str) -> None:
+        """Forget what a sender has begun and will not go on with."""
+        with self._lock:
+            left = [self._arriving.pop(upload) for upload, one in list(self._arriving.items()) if one.sender == sender]
+        for arriving in left:
+            arriving.drop()
 
     def close(self) -> None:
         with self._lock:

@@ -7,6 +7,9 @@ import asyncio
 import os
 from typing import Any
 
+FORGET_SECONDS = 150.0
+"""Nobody waits longer for an answer: who has had none asks again."""
+
 
 class Post:
     """Questions wait here until the driver takes them, and their askers until it gives the answers.
@@ -29,7 +32,7 @@ class Post:
         self._untaken.append((ticket, question, payload))
         self._something.set()
         try:
-            return await answer
+            return await asyncio.wait_for(answer, FORGET_SECONDS)
         finally:
             self._waiting.pop(ticket, None)
 

@@ -27,6 +27,8 @@ from bpf.workers.stopping import Stop
 
 Send = Callable[[bytes, bytes], tuple[bytes, bytes]]
 """Carries a question and its bytes, and returns the answer. Raises Away when it may work later."""
+BUSY_SECONDS = 10.0
+"""So long it is waited before a driver that is busy with a question is asked again."""
 
 _CLAIM: TypeAdapter[Claim] = TypeAdapter(Claim)
 _ROWS: TypeAdapter[list[Row]] = TypeAdapter(list[Row])
@@ -55,8 +57,15 @@ class Line:
         self._number += 1
         question = {"line": self._name, "number": self._number, "do": do, "with": values}
         asked = json.dumps(question).encode()
-        answer, back = patiently(lambda: self._send(asked, payload), Away, self.patience, self.on_wait)
-        told = json.loads(answer)
+        while True:
+            answer, back = patiently(lambda: self._send(asked, payload), Away, self.patience, self.on_wait)
+            told = json.loads(answer)
+            if "busy" not in told:
+                break
+            if not self.patience:
+                raise Away("it has not answered yet")
+            self.on_wait("The driver has not answered yet; it is waited for.")
+            time.sleep(BUSY_SECONDS)
         if "fenced" in told:
             raise Fenced(told["fenced"])
         if "unsized" in told:
@@ -178,8 +187,9 @@ class RemoteFiles(Scratch):
 
     def checkpoint(self, cohort: str, begun: bool = False) -> Path:
         path = super().checkpoint(cohort)
+        for other in path.parent.glob("*"):  # of cohorts before
+            other.unlink(missing_ok=True)
         if begun:
-            path.unlink(missing_ok=True)
             first = self._part(cohort, 0)
             if first:
                 write_atomically(path, lambda file: file.writelines(self._parts(cohort, first)))
@@ -208,7 +218,7 @@ class RemoteFiles(Scratch):
             self._line.ask("discard", seat=self._seat, cohort=cohort)
 
     def save_model(self, rule: str, key: str, content: bytes) -> None:
-        self._line.ask("save_model", content, rule=rule, key=key)
+        self._line.ask("save_model", content, seat=self._seat, rule=rule, key=key)
 
     def clear(self, study: WorkerStudy[Any], rule: str, cohort: str | None = None) -> None:
         if cohort is not None:

@@ -24,8 +24,9 @@ from bpf.workers.job import Terms
 from bpf.workers.stopping import CutShort, Stop
 from bpf.workers.worker import Worker
 
-ANSWER_SECONDS = 60.0
-"""After so long a question is asked again: it, or its answer, may have been lost."""
+ANSWER_SECONDS, REPORT_ANSWER_SECONDS = 60.0, 15.0
+"""After so long a question is asked again: it, or its answer, may have been lost. Reports sooner, as a worker that is
+not heard of for a minute is taken for dead."""
 REACH_SECONDS = 30.0
 """So long a worker tries to reach the server of the study, before its node counts as one that cannot."""
 
@@ -34,9 +35,9 @@ def work(order: dict[str, Any], post: Any) -> dict[str, Any]:
     """Train until nothing is left to claim; returns how that ended, as in `Left`."""
     address = ray.util.get_node_ip_address()
     where = f"{socket.gethostname()} ({address})"
-    stop, send = Stop(), _sending(post)
+    stop, send = Stop(), _sending(post, ANSWER_SECONDS)
     me = {"seat": order["seat"], "node": ray.get_runtime_context().get_node_id(), "where": where}
-    pulse = Pulse(Line(send), me, stop)
+    pulse = Pulse(Line(_sending(post, REPORT_ANSWER_SECONDS)), me, stop)
 
     def wait(reason: str) -> None:
         pulse.tell(Trouble(reason))
@@ -73,10 +74,10 @@ def _left(how: str, text: str = "", exit_code: int = 0) -> dict[str, Any]:
     return {"how": how, "text": text, "exit_code": exit_code, "node": node}
 
 
-def _sending(post: Any) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
+def _sending(post: Any, seconds: float) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:
     def send(question: bytes, payload: bytes) -> tuple[bytes, bytes]:
         try:
-            answer: tuple[bytes, bytes] = ray.get(post.ask.remote(question, payload), timeout=ANSWER_SECONDS)
+            answer: tuple[bytes, bytes] = ray.get(post.ask.remote(question, payload), timeout=seconds)
             return answer
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise Away(f"{type(error).__name__}") from error

@@ -26,6 +26,7 @@ class Seat:
     work: Future[Any] | None = None
     again: float = 0.0
     unfit: bool = False
+    early: int = 0
     node: str = ""
     doing: str = "starting"
 

@@ -11,6 +11,9 @@ PART_BYTES = 2**25
 REPORT_SECONDS, REPORTS_A_SECOND = 2.0, 50
 """A worker reports every two seconds, or more seldom where so many are at work that there would be too many reports."""
 
+BUSY = b'{"busy": true}'
+"""In place of an answer that is not there yet: whoever asks again is to wait."""
+
 
 class Unsized(Exception):
     """How many cells like the first of `rows` are stacked is for the worker to say; the others will be asked next."""
@@ -25,8 +28,9 @@ def kind_of(row: Row) -> str:
     return f"{row.structure}/{row.max_runs or ''}"
 
 
-def is_report(question: bytes) -> bool:
-    """Whether a worker tells that it is alive: that must not wait for what others ask of the study."""
-    with suppress(Exception):  # a question that makes no sense is no report
-        return bool(json.loads(question)["do"] == "report")
-    return False
+def heading(question: bytes) -> tuple[str, int, str]:
+    """The line of a question, its number there, and what it asks to do; empty if it makes no sense."""
+    with suppress(Exception):
+        asked = json.loads(question)
+        return str(asked["line"]), int(asked["number"]), str(asked["do"])
+    return "", 0, ""

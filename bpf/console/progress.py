@@ -96,7 +96,9 @@ class LiveProgress:
         self._choose()
 
     def _trained(self, worker: int, event: Trained) -> None:
-        began = self._at_work[worker]
+        began = self._at_work.get(worker)
+        if began is None:  # a last word from a node that was given up
+            return
         share = (event.epoch - began.epoch) / max(1, began.epochs - began.epoch) * began.cost
         self._spent += share - self._shares.get(worker, 0.0)
         self._shares[worker], self._speeds[worker] = share, event.speed

@@ -65,8 +65,8 @@ class Holder:
 
     def begin_anew(self, token: str) -> None:
         """Become another owner, after having been declared dead; what that one has cost stays with it."""
+        self.facts = {name: said for name, said in self.facts.items() if name != "spent"}  # first: others read it too
         self.token, self.lost = token, threading.Event()
-        self.facts = {name: said for name, said in self.facts.items() if name != "spent"}
         self._began = time.monotonic()
 
     def reckon(self, sharers: int) -> None:

@@ -2,7 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""As it is checked where it comes from another machine."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Began:
     runs: int
     epoch: int
     epochs: int
-    cost: float
+    cost: Finite
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Trained:
     """
 
     epoch: int
-    speed: float
-    objective: float | None = None
+    speed: Finite
+    objective: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Ended:
     rule: str
     params: dict[str, Any]
     state: str
-    value: float | None
-    cost: float
+    value: Finite | None
+    cost: Finite
 
 
 @dataclass(frozen=True)

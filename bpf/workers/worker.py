@@ -272,30 +272,32 @@ class Worker:
             f"Out of memory training {claim.rows[0].rule} with arch {spec['arch']} and batch_size {spec['batch_size']}"
         )
         if stacked > 1:
-            self.study.release(claim, max_runs=stacked // 2, cause="memory")
-            self.files.discard(claim.cohort)
-            self.tell(Trouble(f"{what}, {stacked} executions together; it is tried again with {stacked // 2}."))
-            self.tell(GivenUp())
-            return
+            text = f"{what}, {stacked} executions together; it is tried again with {stacked // 2}."
+            return self._begin_anew(claim, stacked // 2, "memory", text)
         cure = "Use a smaller arch or batch_size."
         self._fail(claim, f"{what} on {self._device}, one execution alone. {cure}", "memory")
 
     def _raised(self, claim: Claim, trace: str) -> None:
         """A rule raised: its cell has failed. In a cohort each is tried alone, so that only the guilty one fails."""
         if len(claim.rows) > 1:
-            self.study.release(claim, max_runs=self._executions, cause="exception")
-            self.files.discard(claim.cohort)
-            self.tell(Trouble(f"{trace.strip().splitlines()[-1]}: its cohort is tried again, each cell alone."))
-            self.tell(GivenUp())
+            text = f"{trace.strip().splitlines()[-1]}: its cohort is tried again, each cell alone."
+            self._begin_anew(claim, self._executions, "exception", text)
         else:
             self._fail(claim, trace, "exception")
+
+    def _begin_anew(self, claim: Claim, max_runs: int, cause: str, text: str) -> None:
+        """Give a claim back, to be trained from its start; what is another worker's by now keeps its checkpoint."""
+        if self.study.release(claim, max_runs=max_runs, cause=cause):
+            self.files.discard(claim.cohort)
+            self.tell(Trouble(text))
+        self.tell(GivenUp())
 
     def _fail(self, claim: Claim, error: str, cause: str) -> None:
         with suppress(Fenced):
             for row in claim.rows:
                 self.study.fail(claim, row.key, error, cause)
                 self._tell_ended(row, "failed", None)
-        self.files.discard(claim.cohort)
+            self.files.discard(claim.cohort)
 
     def _tell_ended(self, row: Row, state: str, value: float | None) -> None:
         self.tell(
