@@ -344,6 +344,7 @@ def test_a_node_that_lacks_something_is_left_out_until_no_other_one_is_left(offi
         ("cpu,cuda", 5, ["cpu"] * 5),
         ("cuda,cpu", None, ["cuda"] * 2 + ["cpu"] * 9),
         ("cuda", 8, ["cuda"] * 8),
+        ("cuda,cpu", 20, ["cuda"] * 2 + ["cpu"] * 18),
     ],
 )
 def test_workers_are_asked_for_where_there_is_room(
@@ -679,8 +680,15 @@ def test_an_answer_is_kept_as_long_as_it_may_be_asked_for(monkeypatch: pytest.Mo
     assert give("a", 1) == BUSY, "a question from before, late on its way, is not done again"
     assert made == ["a1", "b1", "a2"]
     now[0] += answers.FORGET_SECONDS + 1
-    assert give("c", 1) == b"c1"
+
+    def waiting() -> tuple[bytes, bytes]:
+        now[0] += answers.FORGET_SECONDS + 1  # as for a full disk
+        return b"late", b""
+
+    assert kept.give("c", 1, waiting)[0] == b"late"
     assert list(kept._last) == ["c"]
+    assert give("d", 1) == b"d1"
+    assert give("c", 1) == b"late", "who asked has not had it yet"
 
 
 def test_while_the_desk_waits_a_question_that_is_asked_again_takes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -717,11 +725,8 @@ def test_while_the_desk_waits_a_question_that_is_asked_again_takes_no_thread(mon
         assert line.ask("finish") == 7
         assert begun == ["finish"], "once"
         assert "The driver has not answered yet; it is waited for." in told
-        full.clear()
-        impatient = Line(send, patience=0.0)
-        with pytest.raises(Away):
-            impatient.ask("retire")
-        full.set()
+    with pytest.raises(Away, match="has not answered yet"):
+        Line(lambda question, payload: (BUSY, b""), patience=0.0).ask("retire")
 
 
 def test_what_was_a_worker_of_another_cohort_leaves_nothing_in_its_folder(office: Office) -> None:

@@ -17,14 +17,15 @@ Answer = tuple[bytes, bytes]
 class _Question:
     number: int
     answer: Future[Answer] = field(default_factory=Future)
-    asked: float = field(default_factory=time.monotonic)
+    when: float = field(default_factory=time.monotonic)
+    """It was asked, or answered, if it is."""
 
 
 class Answers:
     """The last answer on each line, where questions are numbered. Several threads may ask."""
 
     def __init__(self) -> None:
-        self._last: dict[str, _Question] = {}  # that was asked longest ago first
+        self._last: dict[str, _Question] = {}  # in the order of their times
         self._lock = threading.Lock()
 
     def give(self, line: str, number: int, make: Callable[[], Answer]) -> Answer:
@@ -44,13 +45,17 @@ class Answers:
                 known.answer.set_result(make())
             except BaseException as error:
                 known.answer.set_exception(error)
+            with self._lock:  # whoever asked may have to ask again for it
+                known.when = time.monotonic()
+                if self._last.get(line) is known:
+                    self._last[line] = self._last.pop(line)
         return known.answer.result()
 
     def _forget(self) -> None:
         """Let go of what nobody asks for again, as of the lines of workers that have ended."""
         old = time.monotonic() - FORGET_SECONDS
         for line, question in list(self._last.items()):
-            if question.asked > old:
+            if question.when > old:
                 return
             if question.answer.done():
                 del self._last[line]

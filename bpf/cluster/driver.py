@@ -155,8 +155,8 @@ class Driver:
             room -= sum(seat.unfit and seat.kind == kind for seat in self._seats.all)
             if self.effort.workers is not None:
                 wanted = self.effort.workers - (len(working) - len(there))
-                # where both kinds are wanted, no more than there is: the other one has places too
-                room = wanted if len(self._kinds) == 1 else min(room, wanted)
+                # more than there is room for, as an autoscaler may have it, but of the last kind only
+                room = wanted if kind == self._kinds[-1] else min(room, wanted)
             idle = sum(self._desk.guest(seat.name) is None for seat in there)
             for _ in range(min(room - len(there), claimable - idle)):
                 self._seats.add(kind)
@@ -165,6 +165,9 @@ class Driver:
             self._tell_once(
                 f"Waiting for nodes: the {counted(len(self._nodes), 'node')} of the cluster take none.{cure}"
             )
+
+    def _room(self, node: Node) -> int:
+        return sum(node.seats(kind, self.effort.workers_per_gpu) for kind in self._kinds)
 
     def _listen(self) -> None:
         """Hear what workers tell, and notice those that have ended, as soon as there is anything."""
@@ -231,14 +234,15 @@ class Driver:
             self._seats.remove(seat)
 
     def _unfit(self, seat: Seat, left: Left) -> None:
-        """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle."""
+        """A node where no worker can work: the others go on, if there are any. The actor keeps its place, idle.
+
+        Before anybody has worked, at least as many nodes must be left that may do: else the cluster is the matter.
+        """
         seat.unfit = True
         unfit = {other.node for other in self._seats.all if other.unfit}
-        others = any(
-            node.seats(seat.kind, self.effort.workers_per_gpu) and not node.leaving and node.id not in unfit
-            for node in self._nodes
-        )
-        if others or (self._worked and any(self._desk.guest(other.name) for other in self._seats.working())):
+        takes = {node.id for node in self._nodes if not node.leaving and self._room(node)}
+        at_work = self._worked and any(self._desk.guest(other.name) for other in self._seats.working())
+        if at_work or len(takes - unfit) >= max(1, len(takes & unfit)):
             self._tell_once(f"{left.text} It is left out.")
             return
         error = UsageError(left.text) if left.how == "unfit" else BpfError(left.text)

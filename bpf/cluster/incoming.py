@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,8 +21,9 @@ class _Arriving:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def drop(self) -> None:
-        self.file.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # of no more use, and no reason to fail
+            self.file.close()
+            self.path.unlink(missing_ok=True)
 
 
 class Incoming:

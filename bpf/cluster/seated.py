@@ -88,6 +88,7 @@ def _sending(post: Any, seconds: float) -> Callable[[bytes, bytes], tuple[bytes,
 def _study(order: dict[str, Any], line: Line, wait: Callable[[str], object]) -> Any:
     """The study at the desk, or on its server, which may be busy when many workers come at once."""
     if order["storage"] is None:
+        line.on_wait = wait
         return RemoteStudy(line, order["seat"])
     from bpf.study.database import Database
     from bpf.study.patience import Unreachable
