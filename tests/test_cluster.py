@@ -171,6 +171,24 @@ def test_a_question_whose_answer_was_lost_is_answered_once(
     assert all(row.attempt == 1 for row in summary.rows(office.experiment))
 
 
+def test_a_lost_answer_to_a_discarding_or_a_report_changes_nothing(office: Office) -> None:
+    with claimed(office, "1-1") as cohort, closing(RemoteFiles(office.line(), "1-1")) as there:
+        path = there.checkpoint(cohort, False)
+        path.parent.mkdir()
+        path.write_bytes(b"content")
+        there.store(cohort)
+        office.lose_answer_to = "discard"
+        there.discard(cohort)
+        assert office.asked.count("discard") == 2
+        assert not list((office.experiment.files / "checkpoints").iterdir())
+        office.lose_answer_to = "report"
+        pulse = Pulse(office.line(), {"seat": "1-1", "node": "n", "where": "here"}, Stop())
+        pulse.tell(Trouble("once"))
+        pulse.close()
+        assert office.lose_answer_to is None
+        assert office.heard == [("1-1", Trouble("once"))]
+
+
 def test_several_workers_share_a_grid(tmp_path: Path, office: Office, data: Any) -> None:
     workers = [office.worker(f"{number}-1", data) for number in range(1, 4)]
     threads = [threading.Thread(target=worker.run) for worker in workers]
@@ -493,8 +511,9 @@ def test_a_full_disk_at_the_desk_is_one_at_the_worker(office: Office, monkeypatc
         guest = office.desk.guest("1-1")
         assert guest is not None
         assert guest.claim is not None
-        with pytest.raises(DiskFull, match="models/dfa/"):
-            RemoteFiles(office.line(), "1-1").save_model("dfa", guest.claim.rows[0].key, b"content")
+        key = guest.claim.rows[0].key
+        with pytest.raises(DiskFull, match=f"models/dfa/{key}"):
+            RemoteFiles(office.line(), "1-1").save_model("dfa", key, b"content")
 
 
 def test_a_line_waits_for_the_post_and_then_gives_up() -> None:
@@ -683,6 +702,7 @@ def test_an_answer_is_kept_as_long_as_it_may_be_asked_for(monkeypatch: pytest.Mo
 
     def waiting() -> tuple[bytes, bytes]:
         now[0] += answers.FORGET_SECONDS + 1  # as for a full disk
+        assert give("c", 1) == BUSY
         return b"late", b""
 
     assert kept.give("c", 1, waiting)[0] == b"late"

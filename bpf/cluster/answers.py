@@ -3,20 +3,18 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from bpf.cluster.wire import BUSY
+from bpf.cluster.wire import BUSY, Answer
 
 FORGET_SECONDS = 1200.0
 """An answer is kept for so long, twice as long as anybody asks for it."""
-Answer = tuple[bytes, bytes]
 
 
 @dataclass
 class _Question:
     number: int
-    answer: Future[Answer] = field(default_factory=Future)
+    answer: Answer | None = None
     when: float = field(default_factory=time.monotonic)
     """It was asked, or answered, if it is."""
 
@@ -29,27 +27,24 @@ class Answers:
         self._lock = threading.Lock()
 
     def give(self, line: str, number: int, make: Callable[[], Answer]) -> Answer:
-        """What `make` answers, or has answered to this question."""
+        """What `make` answers, or has answered to this question; BUSY while it does, and for one before the last."""
         with self._lock:
             known = self._last.get(line)
-            if known is not None and number < known.number:  # whoever asked it has its answer
-                return BUSY, b""
-            new = known is None or number > known.number
-            if new:
-                self._forget()
-                self._last.pop(line, None)
-                known = self._last[line] = _Question(number)
-        assert known is not None
-        if new:
-            try:
-                known.answer.set_result(make())
-            except BaseException as error:
-                known.answer.set_exception(error)
-            with self._lock:  # whoever asked may have to ask again for it
-                known.when = time.monotonic()
-                if self._last.get(line) is known:
-                    self._last[line] = self._last.pop(line)
-        return known.answer.result()
+            if known is not None and number <= known.number:
+                return known.answer if number == known.number and known.answer else (BUSY, b"")
+            self._forget()
+            question = self._put(line, _Question(number))
+        answer = make()
+        with self._lock:
+            question.answer, question.when = answer, time.monotonic()
+            if self._last.get(line) is question:  # whoever asked may have to ask again for it
+                self._put(line, question)
+        return answer
+
+    def _put(self, line: str, question: _Question) -> _Question:
+        self._last.pop(line, None)
+        self._last[line] = question
+        return question
 
     def _forget(self) -> None:
         """Let go of what nobody asks for again, as of the lines of workers that have ended."""
@@ -57,5 +52,5 @@ class Answers:
         for line, question in list(self._last.items()):
             if question.when > old:
                 return
-            if question.answer.done():
+            if question.answer is not None:
                 del self._last[line]

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, validate_call
 
 from bpf.cluster.answers import Answers
 from bpf.cluster.incoming import Incoming
-from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, REPORTS_A_SECOND, Unsized, kind_of
+from bpf.cluster.wire import PART_BYTES, REPORT_SECONDS, REPORTS_A_SECOND, Answer, Unsized, kind_of
 from bpf.errors import BpfError, DiskFull
 from bpf.files import explaining
 from bpf.reading import Name, Word
@@ -72,12 +72,12 @@ class Desk:
         self.stopping: set[str] | None = set()
         """The seats that are to stop; None for all."""
 
-    def answer(self, question: bytes, payload: bytes = b"") -> tuple[bytes, bytes]:
+    def answer(self, question: bytes, payload: bytes = b"") -> Answer:
         """The answer to a question; to one that was asked before and whose answer was lost, the same one."""
         asked = json.loads(question)
         return self._answers.give(str(asked["line"]), int(asked["number"]), lambda: self._answer(asked, payload))
 
-    def _answer(self, asked: dict[str, Any], payload: bytes) -> tuple[bytes, bytes]:
+    def _answer(self, asked: dict[str, Any], payload: bytes) -> Answer:
         back = b""
         try:
             told: Any = getattr(self, f"do_{asked['do']}")(**asked["with"], **({"payload": payload} if payload else {}))

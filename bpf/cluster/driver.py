@@ -35,6 +35,7 @@ JUDGE_SECONDS = 30.0
 """After the death of a worker: so long it takes Ray to notice that its node has died, if nobody else can tell."""
 GRACE_SECONDS = 5.0
 EARLY_ENDS = 5
+"""When a worker has ended so often before it said anything, a person is told."""
 Heard = tuple[str, Event] | Seat
 """What a worker tells, by the name of its seat; or a seat whose work has ended."""
 
@@ -167,6 +168,7 @@ class Driver:
             )
 
     def _room(self, node: Node) -> int:
+        """How many workers it takes, of all kinds that are wanted."""
         return sum(node.seats(kind, self.effort.workers_per_gpu) for kind in self._kinds)
 
     def _listen(self) -> None:

@@ -22,7 +22,7 @@ from bpf.study.cells import Claim, Finished, Row
 from bpf.study.holder import Holder, Progress
 from bpf.study.seam import PATIENCE_SECONDS, Fenced, WorkerStudy, patiently
 from bpf.workers.events import Event, Trained
-from bpf.workers.files import Scratch
+from bpf.workers.files import Scratch, emptied
 from bpf.workers.stopping import Stop
 
 Send = Callable[[bytes, bytes], tuple[bytes, bytes]]
@@ -186,9 +186,7 @@ class RemoteFiles(Scratch):
         self._line, self._seat = line, seat
 
     def checkpoint(self, cohort: str, begun: bool = False) -> Path:
-        path = super().checkpoint(cohort)
-        for other in path.parent.glob("*"):  # of cohorts before
-            other.unlink(missing_ok=True)
+        path = emptied(super().checkpoint(cohort))
         if begun:
             first = self._part(cohort, 0)
             if first:

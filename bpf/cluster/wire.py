@@ -11,6 +11,8 @@ PART_BYTES = 2**25
 REPORT_SECONDS, REPORTS_A_SECOND = 2.0, 50
 """A worker reports every two seconds, or more seldom where so many are at work that there would be too many reports."""
 
+Answer = tuple[bytes, bytes]
+"""A JSON text, and bytes of a file where some go with it."""
 BUSY = b'{"busy": true}'
 """In place of an answer that is not there yet: whoever asks again is to wait."""
 

@@ -105,9 +105,7 @@ class Stored:
         self.on_wait: Callable[[str], object] = lambda reason: None
 
     def checkpoint(self, cohort: str, begun: bool = True) -> Path:
-        path = self._here(cohort)
-        for other in path.parent.glob("*"):  # of cohorts before
-            other.unlink(missing_ok=True)
+        path = emptied(self._here(cohort))
         if begun:
             self._patiently(lambda: self._bucket.fetch(path))
         return path
@@ -167,6 +165,13 @@ class Scratch(Folder):
     def close(self) -> None:
         _remove(self.path)
         self._lock.release()
+
+
+def emptied(path: Path) -> Path:
+    """The path of a checkpoint in a scratch folder, from which those of cohorts before are removed."""
+    for other in path.parent.glob("*"):
+        other.unlink(missing_ok=True)
+    return path
 
 
 def open_files(job: Job) -> Files:
